@@ -1,22 +1,25 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
+# dependencies = [
+#     "torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "wandb>=0.18",
+#     "tqdm>=4.66", "matplotlib>=3.8",
+# ]
 # ///
 """LP-DS (Lagrangian Perturbation Diffusion Steering) on Gym locomotion: Hopper, Walker2d, HalfCheetah.
 
-A generative policy, the decoder a = Phi(w; s), was cloned from mediocre data and stays frozen. What is learned is where
-in its noise space to look: a shift of the noise for each state, bought with a budget delta that keeps it near the prior.
+A generative policy a = Phi(w; s) was cloned from mediocre data and stays frozen. What is learned is where in its noise
+space to look: a shift of the noise for every state, paid from a budget delta that keeps it close to the prior.
 
     w = eps + Delta_theta(s),  eps ~ N(0, I)        max_theta  E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
 Q^A values action chunks (TD through the decoder), Q^W values noise (distilled from Q^A), alpha prices the constraint.
 
     python lpds_continuous.py --env-id Walker2d-v4 --delta 0.35
-    python lpds_continuous.py --resume runs/Walker2d-v4__lpds_continuous__1__1700000000
-    python enjoy.py runs/Walker2d-v4__lpds_continuous__1__1700000000 --video walk.mp4
+    python lpds_continuous.py --resume runs/RUN_FOLDER
+    python enjoy.py runs/RUN_FOLDER --video walk.mp4
 
-Every run folder gets metrics.csv, eval.npz and, when it has finished, curves.png. Scores to expect, and how the file
-departs from the paper and from DSRL: docs/lpds_continuous.md. To fork: copy this file and entropy.py.
+A run folder holds metrics.csv, eval.npz, checkpoint.pt, best.pt and at the end curves.png. What score to expect, and
+where this departs from the paper and from DSRL: docs/lpds_continuous.md. To fork it, copy this file and entropy.py.
 """
 
 import difflib
@@ -24,10 +27,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -46,93 +50,81 @@ from entropy import knn_entropy
 
 @dataclass
 class Args:
-    # LP-DS: what this script is about
+    # LP-DS
     env_id: str = "Walker2d-v4"
-    """Hopper, Walker2d or HalfCheetah, -v4 or -v5 (other MuJoCo environments: with --backbone)"""
+    """Hopper, Walker2d or HalfCheetah, -v4 or -v5; with --backbone any MuJoCo environment of Gymnasium"""
     preset: Literal["default", "paper"] = "default"
-    """default: learns within an hour on a small machine; paper: the printed configuration, meant for a GPU"""
+    """default learns within an hour on a small machine; paper is the printed configuration, meant for a GPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2; small keeps the frozen policy's variety, large specialises; 0.1 to 1 is usual"""
+    """budget of E||Delta||^2: small keeps the frozen policy's variety, large specialises; usually 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2 summed over the d noise coordinates (equation 7 as printed) or averaged (a budget d times larger)"""
+    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean (a d times larger budget)"""
     dual: Literal["log", "linear"] = "log"
-    """log: relative step on log alpha, holds the constraint at any reward scale; linear: equation 10 as printed"""
+    """log: relative steps, which hold the constraint at any reward scale; linear: equation 10 as printed"""
     alpha_init: float = 1.0
-    """price of the constraint at the start, in units of Q per unit of ||Delta||^2"""
+    """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
     """step of the dual update"""
     lagrangian: bool = True
-    """--no-lagrangian fixes alpha at 0: the paper's ablation, Delta grows without limit"""
+    """--no-lagrangian fixes alpha at 0 (ablation): nothing but the noise bound then limits Delta"""
     noise_bound: float | Literal["none"] = "none"
-    """clip every coordinate of w to +-bound; not needed with the Lagrangian, and 1.5 alone alters the prior"""
+    """clip each coordinate of w to +-bound; not needed with the Lagrangian, and 1.5 by itself alters the prior"""
     perturb: Literal["noise", "action"] = "noise"
-    """noise: LP-DS; action: LP-DS-A, Delta is added to the decoded action and maximises Q^A directly"""
+    """noise: LP-DS; action: LP-DS-A (ablation), which adds Delta to the decoded action and maximises Q^A"""
 
     # Critics and update ratio
     hidden_size: int = 256
-    """width of Delta and of both critics"""
+    """width of Delta and of the critics"""
     num_layers: int = 3
-    """hidden layers of each, [Linear, LayerNorm, Tanh]"""
+    """hidden layers of each"""
     lr: float = 3e-4
-    """Adam's learning rate for all networks"""
+    """Adam's learning rate, all networks"""
     batch_size: int = 256
-    """action chunks a gradient step"""
+    """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (not per primitive step), as DSRL"""
+    """discount per action chunk (DSRL's convention), not per primitive step"""
     tau: float = 0.005
-    """Polyak step of the target critic, after every gradient step"""
+    """Polyak step of the target critic, once per gradient step"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between two train calls"""
+    """vector steps (num_envs chunks each) between train calls"""
     utd: int = 20
-    """[Q^A, Delta and alpha] updates a train call"""
+    """updates of Q^A, Delta and alpha per train call"""
     distill_steps: int = 10
-    """Q^W updates a train call, after the others"""
+    """updates of Q^W per train call"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: brings the prior roll-outs' return-to-go to about 5"""
-    buffer_size: int = 1_000_000
-    """action chunks kept in replay; memory is taken as it fills"""
+    """factor on rewards inside the critics; auto brings Q to order 1 to 10; reported returns are never scaled"""
 
-    # Environment and budget, counted in primitive environment steps throughout
+    # Environment and budget, in primitive environment steps
     backbone: str = ""
-    """decoder file: ours or an unmodified DPPO / DSRL state_*.pt; empty: the committed one for this environment"""
+    """decoder file, ours or an unmodified DPPO / DSRL state_*.pt; empty: the one in backbones/ for this environment"""
     normalization: str = ""
-    """normalization.npz that belongs to a DPPO / DSRL checkpoint; ours carry their own"""
+    """normalization.npz of a DPPO / DSRL checkpoint; our decoders carry theirs"""
     activation: Literal["relu", "mish"] = "relu"
-    """of a DPPO / DSRL checkpoint, whose file does not say: relu on Gym, mish on robomimic"""
-    denoising_steps: int = 20
-    """training steps of a DPPO / DSRL checkpoint's schedule; 100 for DSRL's Square; ours carry their own"""
-    ddim_steps: int = 5
-    """DDIM steps a DPPO / DSRL checkpoint is decoded with; ours carry their own"""
+    """activation of a DPPO / DSRL checkpoint: relu on Gym, mish on robomimic; the file does not say"""
     total_timesteps: int = 150_000
     """length of the run, prior roll-outs included"""
     num_envs: int = 4
     """environments stepped together"""
     prior_steps: int = 8_000
-    """steps of the frozen policy before anything is trained"""
+    """steps of the frozen policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which the critics learn and Delta stays 0: it must not follow critics that know nothing yet"""
+    """steps after those in which only the critics learn, so that Delta does not follow critics that know nothing"""
     seed: int = 1
-    """seed of networks, noise, environments; CPU runs repeat to the bit"""
+    """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1"""
-    cuda_graph: bool = True
-    """on CUDA, capture the update functions once and replay them; --no-cuda-graph runs them eagerly"""
 
     # Evaluation and logging
     eval_every: int = 10_000
-    """steps between evaluations (and checkpoints)"""
+    """steps between evaluations, each followed by a checkpoint"""
     eval_episodes: int = 20
-    """episodes an evaluation, always on the same seeds"""
+    """episodes of an evaluation, always on the same seeds"""
     log_every: int = 2_000
     """steps between rows of metrics.csv"""
     track: bool = False
-    """log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)"""
-    wandb_project: str = "lp-ds"
-    """its project"""
-    wandb_entity: str | None = None
-    """its team"""
+    """log to Weights & Biases too; set WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE as usual"""
     no_progress: bool = False
-    """plain lines instead of a progress bar"""
+    """no progress bar"""
 
     # Run folder
     exp_name: str = "lpds_continuous"
@@ -140,209 +132,176 @@ class Args:
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """run folder to continue exactly where its checkpoint left it"""
+    """run folder to continue from its checkpoint, exactly"""
 
 
-# What a preset fills in where the user gave no flag. `default` holds on every device; `paper` is LP-DS table 2 with the
-# settings it inherits from DSRL's released configuration (cfg/gym/dsrl_*.yaml): raw rewards, equation 10, bootstrapping.
-PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0,
-             total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)  # fmt: skip
+# What a preset fills in where the user set nothing. delta: table 2 of LP-DS; widths, raw rewards, prior roll-outs of
+# `paper`: the released configuration of DSRL, which LP-DS inherits (A.1). `default` is ours, for every device.
+PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0)
+PAPER |= dict(total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)
 PRESETS = {
-    "default": {
-        "Hopper": dict(delta=0.5, hidden_size=128),
-        "Walker2d": dict(delta=0.35),
-        "HalfCheetah": dict(delta=0.35),
-    },
-    "paper": {
-        "Hopper": PAPER | dict(delta=0.5, hidden_size=128),
-        "Walker2d": PAPER | dict(delta=0.35, hidden_size=2048),
-        "HalfCheetah": PAPER | dict(delta=0.35, hidden_size=1024),
-    },
+    ("default", "Hopper"): dict(delta=0.5, hidden_size=128),
+    ("default", "Walker2d"): dict(delta=0.35, hidden_size=256),
+    ("default", "HalfCheetah"): dict(delta=0.35, hidden_size=256),
+    ("paper", "Hopper"): dict(delta=0.5, hidden_size=128, **PAPER),
+    ("paper", "Walker2d"): dict(delta=0.35, hidden_size=2048, **PAPER),
+    ("paper", "HalfCheetah"): dict(delta=0.35, hidden_size=1024, **PAPER),
 }
-KNOWN_ENVS = [f"{family}-v{v}" for family in PRESETS["default"] for v in (4, 5)]
-# May differ when a run is resumed; anything else would continue another experiment under the same name.
-FREE_ON_RESUME = ("total_timesteps", "eval_every", "log_every", "track", "wandb_project", "wandb_entity", "no_progress", "run_dir", "resume")
+KNOWN_ENVS = [f"{name}-v{version}" for name in ("Hopper", "Walker2d", "HalfCheetah") for version in (4, 5)]
+MAY_BE_ZERO = ("alpha_init", "alpha_lr", "gamma", "tau", "prior_steps", "warmup_steps", "distill_steps", "seed")
+# What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
+FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
 
 
-# --- shared: errors ---
-def fail(message: str):
-    """Ends the program with one sentence on stderr and exit code 2, as argparse does."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- end shared: errors ---
 def parse_args(argv=None) -> Args:
-    """Command line -> Args. Order of precedence: flags, then the resumed run or the preset, then the defaults."""
-    first = tyro.cli(Args, args=argv, description=__doc__)
-    base = Args(**PRESETS[first.preset].get(first.env_id.rsplit("-v", 1)[0], {}))
-    if first.resume:
-        for name in ("args.json", "checkpoint.pt"):
-            if not Path(first.resume, name).is_file():
-                fail(f"--resume {first.resume}: has no {name}, so it is no run that can go on; give a folder under runs/")
-        base = Args(**json.loads(Path(first.resume, "args.json").read_text()))
+    """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    base = Args(**PRESETS.get((args.preset, args.env_id.rsplit("-v", 1)[0]), {}))
+    if args.resume:
+        saved = Path(args.resume, "args.json")
+        require(saved.is_file(), f"--resume {args.resume}: no run (it has no args.json); give a folder under --run-dir")
+        base = Args(**json.loads(saved.read_text()))
     args = tyro.cli(Args, args=argv, default=base, description=__doc__)
-    for field in fields(Args) if first.resume else ():
-        old, new = getattr(base, field.name), getattr(args, field.name)
-        if old != new and field.name not in FREE_ON_RESUME:
-            flag = field.name.replace("_", "-")
-            fail(f"--{flag} {new}: the run in {first.resume} uses {old}, and only budget and logging flags may change; leave it out")
-    for name in ("delta", "lr", "batch_size", "hidden_size", "num_layers", "num_envs", "train_freq", "utd", "buffer_size",
-                 "eval_every", "eval_episodes", "log_every", "total_timesteps", "denoising_steps", "ddim_steps"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0; see --help for usual values")
-    for name in ("alpha_init", "alpha_lr", "prior_steps", "warmup_steps", "distill_steps"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative; see --help for usual values")
-    for name in ("gamma", "tau"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name} {getattr(args, name)}: must lie in [0, 1]")
-    for name in ("noise_bound", "reward_scale"):
-        if not isinstance(getattr(args, name), str) and not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0, or the word in --help")
-    if args.dual == "log" and args.alpha_init == 0:
-        fail("--alpha-init 0: a relative step never leaves 0; use a positive value or --dual linear")
-    if args.env_id not in gym.registry:
-        close = difflib.get_close_matches(args.env_id, list(KNOWN_ENVS) + list(gym.registry), 1, 0.4)
-        fail(f"--env-id {args.env_id}: unknown; known are {', '.join(KNOWN_ENVS)}" + (f"; did you mean {close[0]}?" if close else ""))
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        fixed = args.resume and name not in FREE and value != getattr(base, name)
+        require(not fixed, f"{flag}: {args.resume} has {getattr(base, name)}; only {', '.join(FREE)} may change")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            above = 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO
+            require(above, f"{flag}: must be finite and above 0; --help says what is usual")
+            require(value <= 1 or name not in ("gamma", "tau"), f"{flag}: must be at most 1; --help says what is usual")
+    stuck = args.dual == "log" and args.alpha_init == 0
+    require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
+    close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)
+    known = f"unknown; did you mean {close[0]}? This script knows {', '.join(KNOWN_ENVS)}"
+    require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
     return args
 
 
+# --- shared: errors ---
+def require(condition, message: str) -> None:
+    """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
+    if not condition:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+# --- end shared: errors ---
 # --- shared: environment ---
 class ActionChunk(gym.Wrapper):
-    """Lets an environment be driven by normalised observations and flat action chunks, executed open loop.
+    """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
-    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,) of the data the decoder was trained
-    on; formulas are DPPO's, observations are not clipped. A chunk stops where the episode ends, its reward is the plain
-    sum over the primitive steps; info has steps (executed), success (so far in the episode) and, at its end, episode.
+    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
+    steps. info: steps (executed), success (so far in the episode), episode (return and length, at its end).
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
         super().__init__(env)
         self.chunk, self.succeeded = chunk, False
-        self.n = {k: np.asarray(v, np.float64) for k, v in normalization.items()}
+        self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
 
-    def normalize(self, obs):  # (obs_dim,) raw -> (obs_dim,) about [-1, 1]
-        low, high = self.n["obs_min"], self.n["obs_max"]
+    def normalize(self, obs):  # (obs_dim,)
+        low, high = self.stats["obs_min"], self.stats["obs_max"]
         return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
 
     def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
         self.succeeded = False
+        obs, info = self.env.reset(**kwargs)
         return self.normalize(obs), info
 
-    def step(self, action):  # (chunk * A,) in [-1, 1]
-        low, high = self.n["action_min"], self.n["action_max"]
+    def step(self, action):  # (chunk * A,)
+        low, high, box = self.stats["action_min"], self.stats["action_max"], self.env.action_space
         total, steps = 0.0, 0
         for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
-            a = np.clip(a, self.env.action_space.low, self.env.action_space.high).astype(np.float32)
-            obs, reward, terminated, truncated, info = self.env.step(a)
+            obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + float(reward), steps + 1
-            # Gym locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
+            # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
             self.succeeded |= bool(info.get("success", truncated and not terminated))
-            # differs from DSRL: its wrapper goes on stepping (and adding rewards) after the episode has ended
-            if terminated or truncated:
+            if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in ("episode",) if k in info}
+        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in info if k == "episode"}
         return self.normalize(obs), total, terminated, truncated, info
 
 
 def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
-    """One environment that takes flat action chunks in [-1, 1]; unknown ids raise gymnasium's own error."""
+    """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
     return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
 
 
-def get_env_state(env) -> dict:
-    """Everything the next step depends on: full physics (warm start included), time limit, statistics, generator."""
+def env_state(env, state: dict | None = None) -> dict:
+    """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec, counters = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
     physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
+    if state:  # forward computes the body positions that some rewards read, but spoils the warm start: set it again
+        for finish in (mujoco.mj_forward, lambda model, data: None):
+            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
+            finish(mj.model, mj.data)
+        mj.np_random.bit_generator.state = json.loads(state["generator"])
     mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    while env is not mj:  # from the outermost wrapper inwards
-        for name in ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"):
-            if name in vars(env):
-                counters[name] = vars(env)[name].item() if isinstance(vars(env)[name], np.generic) else vars(env)[name]
+    while env is not mj:
+        for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
+            if state:
+                setattr(env, name, state["counters"][name])
+            counters[name] = np.asarray(getattr(env, name)).item()
         env = env.env
     generator = json.dumps(mj.np_random.bit_generator.state)
     return {"physics": torch.from_numpy(physics), "counters": counters, "generator": generator}
 
 
-def set_env_state(env, state: dict) -> None:
-    """Puts a freshly reset environment back to where `get_env_state` found it."""
-    mj, spec, physics = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, state["physics"].numpy()
-    mujoco.mj_setState(mj.model, mj.data, physics, spec)
-    mujoco.mj_forward(mj.model, mj.data)  # fills the body positions that some rewards read, but spoils the warm start
-    mujoco.mj_setState(mj.model, mj.data, physics, spec)
-    mj.np_random.bit_generator.state = json.loads(state["generator"])
-    while env is not mj:
-        for name in set(state["counters"]) & set(vars(env)):
-            setattr(env, name, state["counters"][name])
-        env = env.env
-
-
 # --- end shared: environment ---
 # --- shared: decoder ---
 class Decoder(nn.Module):
-    """Phi: obs (B, obs_dim), noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1], all normalised. Deterministic.
+    """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
 
-    The network is DPPO's DiffusionMLP (input [x, time embedding, obs], one linear layer, pre-activation residual
-    blocks, linear head). A flow decoder uses the same network as a velocity field. Call `freeze` once the weights are
-    in: the time embeddings of the few sampling steps then become constants, which saves a third of the operations.
+    DPPO's DiffusionMLP under DPPO's names: [x, time embedding, obs] through a linear layer, pre-activation residual
+    blocks and a linear head. It predicts noise (diffusion: DDIM with eta 0) or velocity (flow: Euler steps).
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        c = self.config = config
-        self.dim, self.time_dim = c["chunk"] * c["action_dim"], c["time_dim"]  # d = Ta*A
-        self.activation = {"relu": F.relu, "mish": F.mish}[c["activation"]]
-        self.time_embedding = nn.Sequential(
-            nn.Linear(c["time_dim"], 2 * c["time_dim"]), nn.Mish(), nn.Linear(2 * c["time_dim"], c["time_dim"])
-        )
-        sizes = [c["obs_dim"], *c["cond_hidden"]]  # DPPO's Square decoder encodes the observation first
-        self.cond_layers = nn.ModuleList(nn.Linear(m, n) for m, n in zip(sizes, sizes[1:]))
-        h = c["hidden"][0]
-        self.input = nn.Linear(self.dim + c["time_dim"] + sizes[-1], h)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)}) for _ in range((len(c["hidden"]) - 1) // 2)
-        )
-        self.head = nn.Linear(h, self.dim)
+        self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
+        self.activation = {"relu": F.relu, "mish": F.mish}[config["activation"]]
+        t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
+        self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
+        cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
+        self.cond_mlp = nn.ModuleDict({"moduleList": nn.ModuleList(cond)})
+        blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
+        layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
+        self.mlp_mean = nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
-    def embed_time(self, t):  # (B,) in units of training steps -> (B, time_dim)
-        half = self.time_dim // 2
-        frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
-        angle = t[:, None].float() * frequency
-        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1))
+    def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
+        half = self.config["time_dim"] // 2
+        angle = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
+        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1).float())
 
-    def network(self, x, time_emb, obs):  # -> predicted noise (diffusion) or velocity (flow), (B, Ta*A)
-        for i, layer in enumerate(self.cond_layers):
-            obs = layer(obs) if i + 1 == len(self.cond_layers) else self.activation(layer(obs))
-        h = self.input(torch.cat([x, time_emb, obs], -1))
-        for block in self.blocks:
+    def network(self, x, time_emb, obs):  # -> noise or velocity (B, Ta*A)
+        for i, layer in enumerate(self.cond_mlp["moduleList"]):
+            obs = layer["linear_1"](self.activation(obs) if i else obs)
+        first, *blocks, head = self.mlp_mean["layers"]
+        h = first(torch.cat([x, time_emb, obs], -1))
+        for block in blocks:
             h = h + block["l2"](self.activation(block["l1"](self.activation(h))))
-        return self.head(h)
+        return head(h)
 
     @staticmethod
-    def alpha_bar(steps: int):
-        """DPPO's cosine schedule, (steps,) float64; its grid runs over [0, steps + 1], which is kept on purpose."""
-        grid = np.linspace(0, steps + 1, steps + 1) / (steps + 1)
-        f = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.clip(1 - f[1:] / f[:-1], 0, 0.999).astype(np.float32).astype(np.float64)
-        return np.cumprod(1 - betas)
+    def alpha_bar(steps: int):  # DPPO's cosine schedule (steps,); its grid ends at steps + 1, which is kept on purpose
+        f = np.cos((np.linspace(0, steps + 1, steps + 1) / (steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))
 
     def freeze(self):
-        """Fixes the weights and tabulates what each sampling step needs: its time embedding and schedule constants."""
+        """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
         train, sample = self.config["train_steps"], self.config["sample_steps"]
+        times = np.arange(sample) * train / sample  # flow, from noise to action
         if self.config["kind"] == "diffusion":
-            times = np.arange(sample)[::-1] * (train // sample)  # "leading" spacing: 16, 12, 8, 4, 0 for 20 / 5
+            times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
             now = self.alpha_bar(train)[times]
             after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.table = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
-        else:
-            times = np.arange(sample) * train / sample
+            self.schedule = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
         self.requires_grad_(False).eval()
-        device = self.head.weight.device
-        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device))  # (S, time_dim)
+        device = next(self.parameters()).device
+        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device).float())
         return self
 
     def forward(self, obs, noise):
@@ -350,104 +309,83 @@ class Decoder(nn.Module):
         for i, time_emb in enumerate(self.times):
             prediction = self.network(x, time_emb.expand(len(x), -1), obs)
             if self.config["kind"] == "flow":
-                x = x + prediction / self.config["sample_steps"]  # Euler
-                continue
-            a, b, a_next, b_next = self.table[i]
-            clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and ...
-            x = a_next * clean + b_next * (x - a * clean) / b  # ... recomputes the noise from what was clipped
+                x = x + prediction / len(self.times)
+            else:
+                a, b, a_next, b_next = self.schedule[i]
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and then
+                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that goes with what was clipped
         return x.clamp(-1, 1)
 
 
 # --- end shared: decoder ---
 
 
-def load_decoder(args):
-    """(frozen Decoder on the CPU, normalization dict, card dict) from --backbone; refuses what does not fit --env-id.
+def load_decoder(args: Args):
+    """From --backbone to (frozen Decoder on the CPU, normalization, card); what does not fit ends the program.
 
-    Takes our format (docs/pretrain_backbone.md) or an unmodified DPPO / DSRL checkpoint: averaged weights (`ema`) where
-    present, sizes read off the shapes, DPPO's names mapped to ours.
+    It takes our format (docs/pretrain_backbone.md) or an unmodified DPPO / DSRL checkpoint. Files are untrusted:
+    weights_only and allow_pickle=False read tensors and never execute anything.
     """
     committed = f"backbones/{args.env_id.rsplit('-v', 1)[0].lower()}-v4-medium-diffusion.pt"
-    path = Path(args.backbone or Path(__file__).parent / committed)
-    if args.resume:
-        path = Path(args.resume, "backbone.pt")  # the copy that every run folder keeps
-    if not path.is_file():
-        fail(f"--backbone {path}: no such file; take a decoder from backbones/ of the LP-DS repository, make one with its "
-             "pretrain_backbone.py, or give a DPPO / DSRL checkpoint state_*.pt with --normalization")  # fmt: skip
-    try:  # weights_only: the file is data, it cannot run code
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        fail(f"--backbone {path}: not a plain tensor file ({str(error).splitlines()[0][:120]}); nothing in it was executed; use one you trust that was saved as plain tensors")
+    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or Path(__file__).parent / committed)
+    advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
+    require(path.is_file(), f"--backbone {path}: no such file; {advice}")
+    what, stats, dims = f"--backbone {path}: neither our decoder format nor a DPPO / DSRL checkpoint", {}, {}
     try:
-        if "format" in file:
-            config, weights, stats, card = file["config"], file["model"], file["normalization"], file["card"]
-        else:
-            config, weights, card = None, file["ema"] if "ema" in file else file["model"], {}
-            stats = read_normalization(args.normalization, path)
-        stats = {k: np.asarray(stats[k], np.float32) for k in ("obs_min", "obs_max", "action_min", "action_max")}
-        if config is None:
-            config, weights = from_dppo(weights, len(stats["action_min"]), args)
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        ours = "format" in file
+        if not ours:
+            what = f"--normalization {args.normalization or '(none)'}: a DPPO / DSRL checkpoint needs its .npz"
+        source = file["normalization"] if ours else np.load(args.normalization, allow_pickle=False)
+        stats = {f"{x}_{end}": np.asarray(source[f"{x}_{end}"]) for x in ("obs", "action") for end in ("min", "max")}
+        what = f"--backbone {path}: neither our decoder format nor a DPPO / DSRL checkpoint"
+        config, weights = (file["config"], file["model"]) if ours else from_dppo(file, len(stats["action_min"]), args)
         decoder = Decoder(config)
         decoder.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        fail(f"--backbone {path}: neither our decoder format nor a DPPO / DSRL checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    if not all(torch.isfinite(w).all() for w in weights.values()):
-        fail(f"--backbone {path}: holds weights that are not finite; use another checkpoint")
-    obs_dim, action_dim = config["obs_dim"], config["action_dim"]
-    env = gym.make(args.env_id)
-    found = (env.observation_space.shape, env.action_space.shape)
-    env.close()
-    if found != ((obs_dim,), (action_dim,)):
-        fail(f"--backbone {path}: decodes {obs_dim} observations to {action_dim} actions, but {args.env_id} has {found[0]} and {found[1]}; use a decoder for this environment")
-    where = args.normalization or path
-    for side, size in (("obs", obs_dim), ("action", action_dim)):
-        low, high = stats[f"{side}_min"], stats[f"{side}_max"]
-        if low.shape != (size,) or high.shape != (size,) or not np.isfinite([low, high]).all() or (low > high).any():
-            fail(f"--normalization {where}: {side}_min {low.shape} and {side}_max {high.shape} must be finite, ordered and of shape ({size},); use the file that belongs to this decoder")
-    return decoder.freeze(), stats, card | {"checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12], "path": str(path)}
+        decoder.freeze()
+    except Exception as error:  # an untrusted file can fail anywhere in here
+        require(False, f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:160]}); give another; {advice}")
+    require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
+    with gym.make(args.env_id) as env:
+        dims = {"obs": env.observation_space.shape, "action": env.action_space.shape}
+    for x, shape in dims.items():
+        fits = f"--backbone {path}: has {config[f'{x}_dim']} {x} coordinates, {args.env_id} {shape}; give one that fits"
+        require((config[f"{x}_dim"],) == shape, fits)
+        low, high = stats[f"{x}_min"], stats[f"{x}_max"]
+        valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
+        require(valid, f"--normalization {args.normalization or path}: {x} range is not finite, ordered and {shape}")
+    card = file.get("card", {}) | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+    return decoder, stats, card
 
 
-def read_normalization(path: str, backbone) -> dict:
-    if not Path(path).is_file():
-        fail(f"--normalization {path or '(empty)'}: no such file, and {backbone} is a DPPO / DSRL checkpoint, which does not carry it; give the normalization.npz that lies beside it")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] for k in ("obs_min", "obs_max", "action_min", "action_max")}
-    except (KeyError, ValueError, OSError) as error:
-        fail(f"--normalization {path}: not DPPO's normalization.npz ({error}); it needs obs_min, obs_max, action_min, action_max")
+def from_dppo(file: dict, action_dim: int, args: Args):
+    """DPPO's checkpoint -> (config, weights). Sizes are read off the shapes; activation and schedule are not in it."""
+    weights = file["ema"] if "ema" in file else file["model"]
+    weights = {key.removeprefix("network."): w for key, w in weights.items() if key.startswith("network.")}
+    biases = {key.removesuffix(".bias"): len(w) for key, w in weights.items() if key.endswith("bias")}
+    cond = [n for key, n in biases.items() if key.startswith("cond_mlp")]
+    depth = 1 + max(int(key.split(".")[2]) for key in biases if key.startswith("mlp_mean.layers"))
+    d, time_dim, width = biases[f"mlp_mean.layers.{depth - 1}"], biases["time_embedding.3"], biases["mlp_mean.layers.0"]
+    first = "cond_mlp.moduleList.0.linear_1" if cond else "mlp_mean.layers.0"
+    obs_dim = weights[f"{first}.weight"].shape[1] - (0 if cond else d + time_dim)
+    config = dict(kind="diffusion", obs_dim=obs_dim, action_dim=action_dim, chunk=d // action_dim, cond_hidden=cond)
+    config |= dict(hidden=[width] * (2 * depth - 3), time_dim=time_dim, activation=args.activation)
+    return config | dict(train_steps=20, sample_steps=5), weights  # as DPPO and DSRL on Gym
 
 
-def from_dppo(state: dict, action_dim: int, args):
-    """DPPO's DiffusionMLP state dict -> (our config, our weights). Activation and schedule are not in the file."""
-    weights = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-    last = max(int(k.split(".")[2]) for k in weights if k.startswith("mlp_mean.layers."))
-    names = {"time_embedding.1": "time_embedding.0", "time_embedding.3": "time_embedding.2"}
-    names |= {"mlp_mean.layers.0": "input", f"mlp_mean.layers.{last}": "head"}
-    names |= {f"mlp_mean.layers.{i}.{l}": f"blocks.{i - 1}.{l}" for i in range(1, last) for l in ("l1", "l2")}
-    names |= {f"cond_mlp.moduleList.{i}.linear_1": f"cond_layers.{i}" for i in range(9)}
-    weights = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in weights.items()}
-    d, time_dim = len(weights["head.bias"]), len(weights["time_embedding.2.bias"])
-    cond = [len(weights[f"cond_layers.{i}.bias"]) for i in range(9) if f"cond_layers.{i}.bias" in weights]
-    obs_dim = weights["cond_layers.0.weight"].shape[1] if cond else weights["input.weight"].shape[1] - d - time_dim
-    hidden = [len(weights["input.bias"])] * (2 * last - 1)
-    return {"kind": "diffusion", "obs_dim": obs_dim, "action_dim": action_dim, "chunk": d // action_dim, "hidden": hidden,
-            "cond_hidden": cond, "time_dim": time_dim, "activation": args.activation,
-            "train_steps": args.denoising_steps, "sample_steps": args.ddim_steps}, weights  # fmt: skip
-
-
-def mlp(n_in: int, n_out: int, args):
-    """[Linear, LayerNorm, Tanh] x num_layers and a linear head: DSRL's trunk for the actor and the critics."""
+def mlp(n_in: int, n_out: int, args: Args):
+    """[Linear, LayerNorm, Tanh] x num_layers and a linear head, as DSRL's actor and critics."""
     sizes = [n_in] + [args.hidden_size] * args.num_layers
     trunk = [layer for m, n in zip(sizes, sizes[1:]) for layer in (nn.Linear(m, n), nn.LayerNorm(n), nn.Tanh())]
     return nn.Sequential(*trunk, nn.Linear(sizes[-1], n_out))
 
 
 class TwinCritic(nn.Module):
-    """Two independent values of (obs, x), where x is an action chunk for Q^A and noise for Q^W: -> (2, B)."""
+    """Two independent values of (obs, x): x is an action chunk for Q^A, noise for Q^W. (B, .), (B, d) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, dim: int, args):
+    def __init__(self, obs_dim: int, d: int, args: Args):
         super().__init__()
-        self.members = nn.ModuleList(mlp(obs_dim + dim, 1, args) for _ in range(2))
+        self.members = nn.ModuleList(mlp(obs_dim + d, 1, args) for _ in range(2))
 
     def forward(self, obs, x):
         x = torch.cat([obs, x], -1)
@@ -455,172 +393,147 @@ class TwinCritic(nn.Module):
 
 
 class Agent(nn.Module):
-    """Everything a checkpoint must hold: frozen decoder, Delta, critics, alpha, optimisers."""
+    """The frozen decoder and everything that is learned around it: Delta, the critics, alpha."""
 
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
-        obs_dim, d = decoder.config["obs_dim"], decoder.dim
+        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
         self.args, self.decoder = args, decoder
-        self.perturbation = mlp(obs_dim, d, args)  # Delta_theta
-        nn.init.zeros_(self.perturbation[-1].weight)  # Delta = 0: training starts from exactly the frozen policy
+        self.perturbation = mlp(obs_dim, d, args).to(device)  # Delta_theta
+        nn.init.zeros_(self.perturbation[-1].weight)  # Delta = 0: the first policy is exactly the frozen one
         nn.init.zeros_(self.perturbation[-1].bias)
-        self.q_a, self.q_a_target, self.q_w = (TwinCritic(obs_dim, d, args) for _ in range(3))
+        self.q_a, self.q_a_target, self.q_w = (TwinCritic(obs_dim, d, args).to(device) for _ in range(3))
         self.q_a_target.load_state_dict(self.q_a.state_dict())
         self.q_a_target.requires_grad_(False)
-        self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0))
-        self.register_buffer("reward_scale", torch.tensor(1.0 if args.reward_scale == "auto" else args.reward_scale))
-        device = next(decoder.parameters()).device
-        self.to(device)
-        adam = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
-        self.optimizers = {n: torch.optim.Adam(getattr(self, n).parameters(), **adam) for n in ("perturbation", "q_a", "q_w")}
+        scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
+        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
+        self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0, device=device))
+        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in ("q_a", "q_w", "perturbation")}
 
     def bound(self, noise):
         return noise if self.args.noise_bound == "none" else noise.clamp(-self.args.noise_bound, self.args.noise_bound)
 
-    def act(self, obs, noise, shift=None):
-        """The steered policy: obs (B, obs_dim), eps (B, d) -> action chunk (B, Ta*A). Equation 4, or its LP-DS-A twin."""
-        shift = self.perturbation(obs) if shift is None else shift
+    @torch.no_grad()
+    def act(self, obs, noise):
+        """The steered policy (equation 4): obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
         if self.args.perturb == "action":
-            return (self.decoder(obs, noise) + shift).clamp(-1, 1)
-        return self.decoder(obs, self.bound(noise + shift))
+            return (self.decoder(obs, noise) + self.perturbation(obs)).clamp(-1, 1)
+        return self.decoder(obs, self.bound(noise + self.perturbation(obs)))
 
     def step(self, name: str, loss):
-        """One Adam step of network `name` on `loss`, which leaves the gradients of the other networks alone."""
+        """One Adam step of the network `name` alone, whatever else the loss went through."""
         parameters = list(getattr(self, name).parameters())
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
-            p.grad = g
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
         self.optimizers[name].step()
 
 
 class Replay:
-    """Ring of transitions (chunks) on the learner's device; sampling needs no word from the host."""
+    """Every transition (chunk) of the run, on the learner's device: sampling asks the host for nothing."""
 
     def __init__(self, capacity: int, obs_dim: int, d: int, device):
-        shapes = {"obs": (obs_dim,), "action": (d,), "reward": (), "next_obs": (obs_dim,), "terminated": ()}
-        self.data = {k: torch.empty(capacity, *s, device=device) for k, s in shapes.items()}
-        self.capacity, self.added, self.size = capacity, 0, torch.zeros((), device=device)
+        sizes = {"obs": [obs_dim], "action": [d], "reward": [], "next_obs": [obs_dim], "terminated": []}
+        self.data = {name: torch.empty(capacity, *size, device=device) for name, size in sizes.items()}
+        self.size, self.size_on_device = 0, torch.zeros((), device=device)
 
-    def add(self, **rows):  # each (n, ...), on the host
-        index = (torch.arange(len(rows["reward"])) + self.added) % self.capacity
-        for name, value in rows.items():
-            self.data[name][index] = torch.as_tensor(value, dtype=torch.float32, device=self.size.device)
-        self.added += len(index)
-        self.size.fill_(min(self.added, self.capacity))
+    def add(self, **rows):  # each (n, ...)
+        n = len(rows["reward"])
+        for name, row in rows.items():
+            self.data[name][self.size : self.size + n] = torch.as_tensor(row)
+        self.size += n
+        self.size_on_device.fill_(self.size)
 
     def sample(self, n: int) -> dict:
-        index = (torch.rand(n, device=self.size.device) * self.size).long()
-        return {name: value[index] for name, value in self.data.items()}
+        index = (torch.rand(n, device=self.size_on_device.device) * self.size_on_device).long()
+        return {name: column[index] for name, column in self.data.items()}
 
 
 def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^A by TD through the decoder (Algorithm 1, lines 8-11) and its target by Polyak averaging (line 20)."""
+    """Q^A by TD through the decoder (Algorithm 1, lines 8-11), then its target by Polyak averaging (line 20)."""
     with torch.no_grad():
-        # The value of the next state is that of the steered policy, so Delta moves the target as well
+        # The next action is the steered policy's, so what is learned is the value of steering
         next_action = agent.act(batch["next_obs"], torch.randn_like(batch["action"]))
-        next_value = agent.q_a_target(batch["next_obs"], next_action).min(0).values  # pessimistic twin, (B,)
+        next_value = agent.q_a_target(batch["next_obs"], next_action).min(0).values  # the more pessimistic twin, (B,)
         target = agent.reward_scale * batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
     q = agent.q_a(batch["obs"], batch["action"])  # (2, B)
     loss = 0.5 * (q - target).square().mean(1).sum()
     agent.step("q_a", loss)
-    torch._foreach_lerp_(list(agent.q_a_target.parameters()), [p.detach() for p in agent.q_a.parameters()], args.tau)
+    online = [parameter.detach() for parameter in agent.q_a.parameters()]
+    torch._foreach_lerp_(list(agent.q_a_target.parameters()), online, args.tau)
     return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
 
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^W by distillation of Q^A on the unshifted prior (lines 12-15): `distill_steps` steps, one slice of `batch` each.
+    """Q^W by distillation of Q^A over the unshifted prior (lines 12-15): distill_steps steps, a slice of batch each.
 
-    Phi and Q^A do not move meanwhile, so all slices are decoded and valued in one go: the same numbers, larger matrices.
+    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
     """
     noise = torch.randn_like(batch["action"])
     with torch.no_grad():
-        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, n * B), member to member, online
-    loss = torch.zeros((), device=noise.device)
-    for i in range(args.distill_steps):
-        part = slice(i * args.batch_size, (i + 1) * args.batch_size)
-        q = agent.q_w(batch["obs"][part], noise[part])
-        loss = 0.5 * (q - target[:, part]).square().mean(1).sum()
+        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
+    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
+        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
         agent.step("q_w", loss)
     return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 def update_perturbation(agent: Agent, batch: dict, args: Args) -> dict:
-    """Primal step on theta, dual step on alpha (lines 16-19, equations 8 and 10)."""
+    """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; equations 8 and 10)."""
     obs, noise = batch["obs"], torch.randn_like(batch["action"])
-    shift = agent.perturbation(obs)  # (B, d)
+    delta = agent.perturbation(obs)  # (B, d)
     if args.perturb == "noise":
-        value = agent.q_w(obs, agent.bound(noise + shift)).min(0).values
-    else:  # LP-DS-A has no latent critic
-        value = agent.q_a(obs, agent.act(obs, noise, shift)).min(0).values
-    sum_norm = shift.square().sum(-1).mean()
-    sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[-1]
-    loss = -(value.mean() - agent.alpha * (sq_norm - args.delta))
+        value = agent.q_w(obs, agent.bound(noise + delta)).min(0).values  # (B,)
+    else:  # LP-DS-A: no latent critic, the gradient comes from Q^A
+        value = agent.q_a(obs, (agent.decoder(obs, noise) + delta).clamp(-1, 1)).min(0).values
+    sum_norm = delta.square().sum(1).mean()
+    sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / delta.shape[1]
+    loss = agent.alpha * (sq_norm - args.delta) - value.mean()
     agent.step("perturbation", loss)
+
     violation = sq_norm.detach() / args.delta - 1
     if args.lagrangian and args.dual == "log":
-        # differs from the paper: equation 10 moves alpha by at most alpha_lr * delta a step while the constraint is
-        # slack, so it overshoots or never starts, depending on the rewards; a relative step has no such scale
-        agent.alpha.mul_(torch.exp(args.alpha_lr * violation.clamp(-1, 5)))
+        # differs from the paper: equation 10 moves alpha by alpha_lr * (sq_norm - delta), which is far too slow or too
+        # fast depending on rewards and delta; a relative step holds the constraint at every scale
+        agent.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp())
     elif args.lagrangian:
-        agent.alpha.add_(args.alpha_lr * (sq_norm.detach() - args.delta)).clamp_(min=0)  # equation 10
-    saturated = 0.0 if args.noise_bound == "none" else ((noise + shift).abs() > args.noise_bound).float().mean()
-    return {"losses/perturbation": loss.detach(), "trust_region/alpha": agent.alpha.clone(), "trust_region/sq_norm": sq_norm.detach(),
-            "trust_region/violation": violation, "trust_region/kl": 0.5 * sum_norm.detach(), "trust_region/saturated": saturated}  # fmt: skip
-
-
-def gradient_step(agent: Agent, replay: Replay, args: Args, steer: bool) -> dict:
-    batch = replay.sample(args.batch_size)
-    info = update_action_critic(agent, batch, args)
-    return info | (update_perturbation(agent, batch, args) if steer else {})
-
-
-def distill(agent: Agent, replay: Replay, args: Args) -> dict:
-    return update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
+        agent.alpha.add_(args.alpha_lr * (sq_norm.detach() - args.delta)).clamp_(min=0)
+    bound = math.inf if args.noise_bound == "none" else args.noise_bound
+    info = {"losses/perturbation": loss, "trust_region/alpha": agent.alpha.clone(), "trust_region/sq_norm": sq_norm}
+    info |= {"trust_region/violation": violation, "trust_region/kl": 0.5 * sum_norm}  # nats; exact without a bound
+    info["trust_region/saturated"] = ((noise + delta).abs() > bound).float().mean()
+    return {key: value.detach() for key, value in info.items()}
 
 
 @torch.no_grad()
 def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
-    """What the steering does at states `obs` (B, obs_dim), over n draws of noise each; nothing here is trained on."""
-    generator = torch.Generator(obs.device).manual_seed(seed)
-    obs = obs.repeat_interleave(n, 0)
-    noise = torch.randn(len(obs), agent.decoder.dim, device=obs.device, generator=generator)
+    """What steering does at states obs (B, obs_dim), over n draws of noise each: action entropy, quality of Q^W."""
+    d, obs = agent.decoder.dim, obs.repeat_interleave(n, 0)
+    noise = torch.randn(len(obs), d, device=obs.device, generator=torch.Generator(obs.device).manual_seed(seed))
     frozen, steered = agent.decoder(obs, noise), agent.act(obs, noise)
-    w = agent.bound(noise + agent.perturbation(obs))
-    q_w, q_a = (q.mean(0).view(-1, n) for q in (agent.q_w(obs, w), agent.q_a(obs, steered)))
-    q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)  # only differences within a state steer
-    corr = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
-    entropy, ties = knn_entropy(steered.view(-1, n, agent.decoder.dim))
-    entropy_frozen, _ = knn_entropy(frozen.view(-1, n, agent.decoder.dim))
-    return {"losses/q_w_corr": corr, "entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
-
-
-def reward_scale(replay: Replay, num_envs: int, gamma: float) -> float:
-    """5 / mean |discounted return-to-go| of the prior roll-outs: brings Q to order 1 to 10, where Adam at 3e-4 can follow.
-
-    differs from DSRL: it trains on raw rewards; there Q^W lags Q^A by a third of Q and its slope is noise for long.
-    """
-    n = replay.added // num_envs
-    reward, end = (replay.data[k][: n * num_envs].view(n, num_envs) for k in ("reward", "terminated"))
-    to_go, total = torch.zeros(num_envs, device=reward.device), 0.0
-    for i in reversed(range(n)):
-        to_go = reward[i] + gamma * (1 - end[i]) * to_go
-        total += to_go.abs().mean().item() / n
-    return 5 / max(total, 1e-6)
+    entropy, ties = knn_entropy(steered.view(-1, n, d))
+    entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
+    info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
+    if agent.args.perturb == "noise":
+        q_w = agent.q_w(obs, agent.bound(noise + agent.perturbation(obs))).mean(0).view(-1, n)
+        q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
+        q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
+        info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
+    return info
 
 
 # --- shared: evaluation ---
-@torch.no_grad()
 def evaluate(policy, envs: list, seed: int, device) -> dict:
-    """One episode in each of `envs`, sampled noise; returns arrays (len(envs),): return, success, length.
+    """One episode in each of `envs`, noise sampled; arrays (len(envs),) of return, success and length.
 
-    Episode i always starts from seed + i and receives the same noise draws, whatever the policy and however long the
-    others live, so two policies, checkpoints or methods meet the same luck.
+    Episode i starts from seed + i and meets the same noise whatever the policy and however long the others live.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, n = torch.Generator().manual_seed(seed), len(envs)
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    result = {"return": np.zeros(len(envs)), "success": np.zeros(len(envs), bool), "length": np.zeros(len(envs), int)}
-    alive = np.arange(len(envs))
+    result = {"return": np.zeros(n), "success": np.zeros(n, bool), "length": np.zeros(n, int)}
+    alive = np.arange(n)
     while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive]
+        noise = torch.randn(n, *envs[0].action_space.shape, generator=generator)[alive]
         action = policy(torch.as_tensor(obs[alive], device=device), noise.to(device)).cpu().numpy()
         for i, a in zip(list(alive), action):
             obs[i], reward, terminated, truncated, info = envs[i].step(a)
@@ -635,242 +548,192 @@ def evaluate(policy, envs: list, seed: int, device) -> dict:
 # --- end shared: evaluation ---
 # --- shared: run folder ---
 def save(path: Path, write) -> None:
-    """Calls write(temporary path) and renames it to `path`: a crash, a full disk or kill -9 leaves the old file whole."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    """write(temporary file), then rename: a crash, kill -9 or a full disk leaves what was there before whole."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
-        fail(f"--run-dir: cannot write {path} ({error}); what was saved before is whole: free some space, then --resume {path.parent}")
+        require(False, f"--run-dir: cannot write {path} ({error}); earlier files are whole: free space, then --resume")
 
 
 def write_csv(path: Path, rows: list) -> None:
-    """metrics.csv from all rows; columns are the union of their keys, absent values stay empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(columns)] + [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
-    save(path, lambda p: p.write_text("\n".join(lines) + "\n"))
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # what a row lacks stays empty
+    lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
+    save(path, lambda file: file.write_text("\n".join([",".join(columns), *lines]) + "\n"))
 
 
-def plot_curves(path: Path, rows: list, title: str) -> None:
-    """curves.png: return against the frozen policy's, the constraint and its price, entropy, quality of Q^W."""
-    import matplotlib
+def plot_curves(path: Path, rows: list) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("eval/episodic_return", "eval/frozen_return"), ("trust_region/violation", "trust_region/alpha"),
-              ("entropy/action", "entropy/action_frozen"), ("losses/q_w_corr",)]  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.5), layout="constrained")
-    for axis, keys in zip(axes, panels):
-        for key, style in zip(keys, ("-", "--")):
-            points = [(row["global_step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points) if points else ([], []), style, label=key)
-        axis.set_xlabel("environment steps")
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
-    save(path, lambda p: figure.savefig(p, format="png"))
+    keys = ["eval/episodic_return eval/frozen_return", "trust_region/violation trust_region/alpha"]
+    keys += ["entropy/action entropy/action_frozen", "losses/q_w_corr"]
+    figure = Figure((16, 3.5), layout="constrained")
+    for axis, names in zip(figure.subplots(1, len(keys)), keys):
+        for name, style in zip(names.split(), ("-", "--")):
+            points = [(row["global_step"], row[name]) for row in rows if name in row]
+            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name)
+        axis.legend()
+    save(path, lambda file: figure.savefig(file, format="png"))
 
 
-# --- end shared: run folder ---
+def start_tracker(run: Path, args):
+    try:
+        import wandb
+
+        return wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
+    except Exception as error:
+        print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
 
 
-def capture(function, agent: Agent):
-    """CUDA graph of a function without arguments: one launch replays it. The three warm-up calls are undone."""
-    tensors = lambda: [*agent.state_dict().values()] + [  # noqa: E731
-        t for o in agent.optimizers.values() for s in o.state.values() for t in s.values()]  # fmt: skip
-    before, stream, random_state = [t.clone() for t in tensors()], torch.cuda.Stream(), torch.cuda.get_rng_state()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    after = tensors()  # optimisers that had no state before this get theirs zeroed, which is where Adam starts
-    for t, saved in zip(after, before + [None] * (len(after) - len(before))):
-        t.copy_(saved) if saved is not None else t.zero_()
-    torch.cuda.set_rng_state(random_state)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return lambda: (graph.replay(), result)[1]
-
-
-def load_checkpoint(path: Path, agent: Agent, replay: Replay) -> dict:
-    """Fills agent, optimisers, replay and torch's generators in place; returns the whole checkpoint."""
+def load_checkpoint(path: Path, agent, replay) -> dict:
+    """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
         for name, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        rows = len(state["replay"]["reward"])
-        for name, value in state["replay"].items():
-            replay.data[name][:rows] = value.to(replay.size.device)
-        replay.added = state["added"]
-        replay.size.fill_(rows)
+        replay.add(**state["replay"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
+        if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        return state
-    except Exception as error:
-        fail(f"--resume {path.parent}: its checkpoint.pt cannot be read ({' '.join(str(error).split())[:200]}); start a new run")
+        return state["loop"]
+    except Exception as error:  # cut short, of another version, of another script
+        require(False, f"--resume {path.parent}: its {path.name} does not load ({type(error).__name__}); start anew")
+
+
+# --- end shared: run folder ---
 
 
 if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # at these sizes a second thread costs more than it gives
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
 
-    # Decoder and environments
+    # Decoder, environments, networks
     decoder, normalization, card = load_decoder(args)
-    decoder, chunk, d = decoder.to(device).freeze(), decoder.config["chunk"], decoder.dim
-    make = partial(make_env, args.env_id, chunk, normalization)
+    decoder = decoder.to(device).freeze()
+    make = partial(make_env, args.env_id, decoder.config["chunk"], normalization)
     envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     eval_envs = [make() for _ in range(args.eval_episodes)]
     obs, _ = envs.reset(seed=args.seed)
-
-    # Networks, replay, counters: new, or as the checkpoint left them
     agent = Agent(args, decoder)
-    replay = Replay(args.buffer_size, obs.shape[1], d, device)
-    count = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0}
-    rows, evals, episodes, info = [], [], [], {}  # metrics.csv, eval.npz, episodes and losses since the last row
-    run = Path(args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    replay = Replay(args.total_timesteps + args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+
+    # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
+    loop = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
+    loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
+    run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
     if args.resume:
-        state = load_checkpoint(run / "checkpoint.pt", agent, replay)
-        for env, env_state in zip(envs.envs, state["envs"]):
-            set_env_state(env, env_state)
-        obs, count, rows, evals, episodes, info = (state[k] for k in ("obs", "count", "rows", "evals", "episodes", "info"))
-        obs = obs.numpy()
+        run, loop = Path(args.resume), load_checkpoint(Path(args.resume, "checkpoint.pt"), agent, replay)
+        obs, before = loop["obs"].numpy(), loop["global_step"]
+        for env, state in zip(envs.envs, loop["envs"]):
+            env_state(env, state)
     else:
         run.mkdir(parents=True)
-        save(run / "args.json", lambda p: p.write_text(json.dumps(asdict(args), indent=1)))
-        plain = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "card": card, "model": decoder.state_dict(),
-                 "normalization": {k: torch.as_tensor(v) for k, v in normalization.items()}}  # fmt: skip
-        save(run / "backbone.pt", lambda p: torch.save(plain, p))  # the run can be moved, resumed and played without the original
+        save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args), indent=1)))
+        copy = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
+        copy |= {"card": card, "normalization": {name: torch.as_tensor(value) for name, value in normalization.items()}}
+        save(run / "backbone.pt", partial(torch.save, copy))
+    tracker = start_tracker(run, args) if args.track else None
 
-    def checkpoint(name="checkpoint.pt"):
-        state = {
-            "agent": agent.state_dict(), "optimizers": {n: o.state_dict() for n, o in agent.optimizers.items()},
-            "replay": {k: v[: min(replay.added, replay.capacity)].clone() for k, v in replay.data.items()}, "added": replay.added,
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            "envs": [get_env_state(env) for env in envs.envs], "obs": torch.as_tensor(obs), "count": count, "rows": rows,
-            "evals": evals, "episodes": episodes, "info": info, "args": asdict(args), "script": Path(__file__).name,
-            "versions": {"torch": torch.__version__, "gymnasium": gym.__version__, "mujoco": mujoco.__version__},
-        }  # fmt: skip
-        save(run / name, lambda p: torch.save(state, p))
+    def checkpoint():
+        loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
+        state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
+        state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
+        state["rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        versions = {package.__name__: str(package.__version__) for package in (torch, gym, np, mujoco)}
+        state |= {"loop": loop, "args": asdict(args), "script": Path(__file__).name, "versions": versions}
+        save(run / "checkpoint.pt", partial(torch.save, state))
 
-    def evaluation(policy) -> dict:
-        result = evaluate(policy, eval_envs, 1_000_000, device)
-        evals.append({"global_step": count["global_step"]} | {k: torch.as_tensor(v) for k, v in result.items()})
-        stacked = {k: np.stack([np.asarray(e[k]) for e in evals]) for k in evals[0]}
-        save(run / "eval.npz", lambda p: np.savez_compressed(p.open("wb"), **stacked))
-        return {"eval/episodic_return": result["return"].mean(), "eval/success": result["success"].mean(),
-                "eval/frozen_return": stacked["return"][0].mean(), "eval/frozen_success": stacked["success"][0].mean()}  # fmt: skip
-
-    def report(row: dict):
-        row = {"global_step": count["global_step"], "wall_seconds": time.time() - started, "gradient_steps": count["gradient_steps"]} | row
-        rows.append({k: float(v) for k, v in row.items()})
-        bad = [k for k, v in rows[-1].items() if not math.isfinite(v) and k.startswith(("losses/", "trust_region/"))]
-        if bad:
-            fail(f"--lr {args.lr}: {bad[0]} became {rows[-1][bad[0]]} at step {count['global_step']}; the last good checkpoint stays in {run}; start again with a smaller --lr or --delta")
-        write_csv(run / "metrics.csv", rows)
-        if tracker:
-            tracker.log(rows[-1], step=count["global_step"])
-
-    # Tracker: optional, and never a reason to stop
-    tracker, started = None, time.time() - count["wall_seconds"]
-    if args.track:
-        try:
-            import wandb
-
-            tracker = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=run.name, id=run.name, resume="allow",
-                                 config=asdict(args), dir=str(run))  # fmt: skip
-        except Exception as error:
-            print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
-
-    print(f"LP-DS on {args.env_id}, {device}. Run folder: {run}")
-    print(f"decoder: {decoder.config['kind']}, {sum(p.numel() for p in decoder.parameters()):,} frozen parameters, Ta {chunk}, d {d}, "
-          f"{card['path']} ({card['checksum']})")  # fmt: skip
-    print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(args).items() if v != ""))
-    if not evals:  # Delta = 0 is where everything starts, and what everything is compared with
-        report(evaluation(decoder))
-        checkpoint()
-    frozen = float(evals[0]["return"].mean())
-    print(f"frozen return {frozen:.0f} over {args.eval_episodes} episodes (card: {card.get('frozen_return', float('nan')):.0f})")
-
-    learners = {"critic": lambda: gradient_step(agent, replay, args, False), "all": lambda: gradient_step(agent, replay, args, True),
-                "distill": lambda: distill(agent, replay, args)}  # fmt: skip
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: stop.append(n))
-    plain = args.no_progress or not sys.stderr.isatty()
-    bar = tqdm(total=args.total_timesteps, initial=count["global_step"], disable=plain, dynamic_ncols=True, unit="step")
-    mark = (count["global_step"], time.time())
-    while count["global_step"] < args.total_timesteps and not stop:
-        before = count["global_step"]
-        crossed = lambda every: count["global_step"] // every > before // every  # noqa: E731
-
-        # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s). Delta is 0 during the prior roll-outs.
-        with torch.no_grad():
-            action = agent.act(torch.as_tensor(obs, device=device), torch.randn(args.num_envs, d, device=device))
-
-        # (2) Step: each environment executes its chunk open loop
-        next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        final, real_next_obs = infos.get("final_info", {}), next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):
-            real_next_obs[i] = infos["final_obs"][i]  # next_obs already belongs to the following episode
-            episodes.append([float(final["episode"]["r"][i]), float(final["episode"]["l"][i]), float(final["success"][i])])
-        count["global_step"] += int(np.sum(infos.get("steps", 0)) + np.sum(final.get("steps", 0)))
-        count["vector_steps"] += 1
-
-        # (3) Store. A time limit is no end of the world: only `terminated` stops the bootstrap.
-        # differs from DSRL: it stores time limits as terminal, which caps the value of a gait that never falls
-        replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
-        obs = next_obs
-
-        # (4) Train: utd x [Q^A, then Delta and alpha], then distill_steps x Q^W
-        if before < args.prior_steps <= count["global_step"] and args.reward_scale == "auto":
-            agent.reward_scale.fill_(reward_scale(replay, args.num_envs, args.gamma))
-        if count["global_step"] >= args.prior_steps and count["vector_steps"] % args.train_freq == 0:
-            steer = count["global_step"] >= args.prior_steps + args.warmup_steps
-            for _ in range(args.utd):
-                info = learners["all" if steer else "critic"]()
-            if args.perturb == "noise" and args.distill_steps:
-                info = info | learners["distill"]()
-            count["gradient_steps"] += args.utd
-
-        # (5) Log. Losses stay on the device until here.
-        finished = count["global_step"] >= args.total_timesteps
-        evaluate_now = crossed(args.eval_every) or finished
-        if crossed(args.log_every) or evaluate_now:
-            row = {k: float(v) for k, v in info.items()} | {"trust_region/delta": args.delta}
-            row["charts/SPS"] = (count["global_step"] - mark[0]) / (time.time() - mark[1])
-            if episodes:
-                row |= dict(zip(("charts/episodic_return", "charts/episodic_length", "charts/success"), np.mean(episodes, 0)))
-            if count["gradient_steps"]:
-                row |= probe(agent, replay.sample(64)["obs"], count["global_step"])
-            episodes = []
-
-            # (6) Evaluate on the fixed seeds, save
-            if evaluate_now:
-                row |= evaluation(agent.act)
-            report(row)
-            mark = (count["global_step"], time.time())
-            if evaluate_now:
-                if row["eval/episodic_return"] >= max(float(e["return"].mean()) for e in evals):
-                    best = {"agent": agent.state_dict(), "args": asdict(args), "count": count, "script": Path(__file__).name}
-                    save(run / "best.pt", partial(torch.save, best))
+    print(f"LP-DS on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
+    print(
+        f"decoder: {sum(p.numel() for p in decoder.parameters()):,} frozen parameters, {decoder.config}, {card['path']}"
+    )
+    stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current step finish
+        signal.signal(number, lambda number, frame: stop.append(number))
+    started, mark = time.time() - loop["wall_seconds"], (before, time.time())
+    while True:
+        # (0) Log, evaluate, save; at step 0 the frozen decoder, which everything is compared with. Only here are losses
+        #     read back from the device.
+        step, finished = loop["global_step"], loop["global_step"] >= args.total_timesteps
+        due = [step > before and (finished or step // n > before // n) for n in (args.log_every, args.eval_every)]
+        if any(due):
+            row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"]}
+            if step:
+                names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
+                row |= dict(zip(names, np.mean(loop["episodes"] or [[]], 0)))
+                row |= {"charts/SPS": (step - mark[0]) / (time.time() - mark[1]), "trust_region/delta": args.delta}
+                row |= probe(agent, replay.sample(64)["obs"], step)
+            if due[1]:
+                result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
+                loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
+                first = loop["evals"][0]
+                row |= {"eval/episodic_return": result["return"].mean(), "eval/success": result["success"].mean()}
+                row |= {f"eval/frozen_{key}": first[key].double().mean() for key in ("return", "success")}
+            loop["wall_seconds"] = time.time() - started
+            row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
+            bad = [key for key, value in row.items() if not math.isfinite(value)]
+            require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
+            loop["rows"].append(row)
+            write_csv(run / "metrics.csv", loop["rows"])
+            if tracker:
+                tracker.log(row, step=step)
+            if due[1]:
+                arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
+                save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
                 checkpoint()
-                bar.clear()
-                print(f"step {count['global_step']:>7}  return {row['eval/episodic_return']:6.0f} (frozen {frozen:.0f})  success "
-                      f"{row['eval/success']:.2f}  E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}  alpha "
-                      f"{float(agent.alpha):.3g}  q_w_corr {float(row.get('losses/q_w_corr', 0)):.2f}  {row['charts/SPS']:.0f} steps/s", flush=True)  # fmt: skip
-        bar.update(count["global_step"] - before)
+                if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
+                    save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
+                used = f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}  alpha {agent.alpha:.3g}"
+                returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f})"
+                bar.write(f"step {step:>7}  {returns}  {used}  {row.get('charts/SPS', 0):.0f} steps/s")
+            loop["episodes"], mark = [], (step, time.time())
+        if finished or stop:
+            break
+
+        # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s); Delta is 0 until the critics are warm
+        noise = torch.randn(args.num_envs, decoder.dim, device=device)
+        action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+
+        # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
+        next_obs, reward, terminated, truncated, infos = envs.step(action)
+        final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
+        for i in np.flatnonzero(terminated | truncated):
+            real_next_obs[i] = infos["final_obs"][i]
+            ended = final["episode"]["r"][i], final["episode"]["l"][i], final["success"][i]
+            loop["episodes"].append([float(value) for value in ended])
+        loop["global_step"] += int(np.sum(infos.get("steps", 0)) + np.sum(final.get("steps", 0)))
+        loop["vector_steps"] += 1
+        bar.update(loop["global_step"] - bar.n)
+
+        # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
+        replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
+        obs, trained = next_obs, loop["global_step"] - args.prior_steps
+
+        # (4) Train: utd x [Q^A, Delta and alpha], then distill_steps x Q^W, in DSRL's order
+        if step < args.prior_steps <= loop["global_step"] and args.reward_scale == "auto":
+            # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
+            # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 5.
+            agent.reward_scale.fill_(5 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+        if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
+            for _ in range(args.utd):
+                batch = replay.sample(args.batch_size)
+                loop["info"] |= update_action_critic(agent, batch, args)
+                if trained >= args.warmup_steps:
+                    loop["info"] |= update_perturbation(agent, batch, args)
+            if args.perturb == "noise" and args.distill_steps:
+                loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
+            loop["gradient_steps"] += args.utd
 
     bar.close()
     if stop:
         checkpoint()
-        print(f"stopped at step {count['global_step']} and saved; continue with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
+        print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
-    plot_curves(run / "curves.png", rows, f"{args.env_id}, delta {args.delta} ({args.delta_norm})")
-    print(f"finished: return {rows[-1]['eval/episodic_return']:.0f}, frozen {frozen:.0f}; curves in {run / 'curves.png'}")
+    plot_curves(run / "curves.png", loop["rows"])
+    print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {run}")
