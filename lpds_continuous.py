@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "wandb>=0.18",
-#     "tqdm>=4.66", "matplotlib>=3.8",
-# ]
+# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9",
+#   "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
 # ///
 """LP-DS (Lagrangian Perturbation Diffusion Steering) on Gym locomotion: Hopper, Walker2d, HalfCheetah.
 
@@ -71,7 +69,6 @@ class Args:
     """clip each coordinate of w to +-bound; not needed with the Lagrangian, and 1.5 by itself alters the prior"""
     perturb: Literal["noise", "action"] = "noise"
     """noise: LP-DS; action: LP-DS-A (ablation), which adds Delta to the decoded action and maximises Q^A"""
-
     # Critics and update ratio
     hidden_size: int = 256
     """width of Delta and of the critics"""
@@ -93,7 +90,6 @@ class Args:
     """updates of Q^W per train call"""
     reward_scale: float | Literal["auto"] = "auto"
     """factor on rewards inside the critics; auto brings Q to order 1 to 10; reported returns are never scaled"""
-
     # Environment and budget, in primitive environment steps
     backbone: str = ""
     """decoder file, ours or an unmodified DPPO / DSRL state_*.pt; empty: the one in backbones/ for this environment"""
@@ -113,7 +109,6 @@ class Args:
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1"""
-
     # Evaluation and logging
     eval_every: int = 10_000
     """steps between evaluations, each followed by a checkpoint"""
@@ -125,7 +120,6 @@ class Args:
     """log to Weights & Biases too; set WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE as usual"""
     no_progress: bool = False
     """no progress bar"""
-
     # Run folder
     exp_name: str = "lpds_continuous"
     """part of the run folder's name"""
@@ -140,14 +134,14 @@ class Args:
 PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0)
 PAPER |= dict(total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)
 PRESETS = {
-    ("default", "Hopper"): dict(delta=0.5, hidden_size=128),
-    ("default", "Walker2d"): dict(delta=0.35, hidden_size=256),
-    ("default", "HalfCheetah"): dict(delta=0.35, hidden_size=256),
-    ("paper", "Hopper"): dict(delta=0.5, hidden_size=128, **PAPER),
-    ("paper", "Walker2d"): dict(delta=0.35, hidden_size=2048, **PAPER),
-    ("paper", "HalfCheetah"): dict(delta=0.35, hidden_size=1024, **PAPER),
+    "default": {"Hopper": dict(delta=0.5, hidden_size=128)},
+    "paper": {
+        "Hopper": dict(delta=0.5, hidden_size=128, **PAPER),
+        "Walker2d": dict(hidden_size=2048, **PAPER),
+        "HalfCheetah": dict(hidden_size=1024, **PAPER),
+    },
 }
-KNOWN_ENVS = [f"{name}-v{version}" for name in ("Hopper", "Walker2d", "HalfCheetah") for version in (4, 5)]
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRESETS["paper"] for version in (4, 5)]
 MAY_BE_ZERO = ("alpha_init", "alpha_lr", "gamma", "tau", "prior_steps", "warmup_steps", "distill_steps", "seed")
 # What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
 FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
@@ -156,7 +150,7 @@ FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "r
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    base = Args(**PRESETS.get((args.preset, args.env_id.rsplit("-v", 1)[0]), {}))
+    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
     if args.resume:
         saved = Path(args.resume, "args.json")
         require(saved.is_file(), f"--resume {args.resume}: no run (it has no args.json); give a folder under --run-dir")
@@ -184,6 +178,14 @@ def require(condition, message: str) -> None:
     if not condition:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def read_tensors(path: Path, flag: str) -> dict:
+    """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        require(False, f"{flag} {path}: no file of plain tensors, nothing in it was run ({type(error).__name__})")
 
 
 # --- end shared: errors ---
@@ -321,39 +323,37 @@ class Decoder(nn.Module):
 
 
 def load_decoder(args: Args):
-    """From --backbone to (frozen Decoder on the CPU, normalization, card); what does not fit ends the program.
-
-    It takes our format (docs/pretrain_backbone.md) or an unmodified DPPO / DSRL checkpoint. Files are untrusted:
-    weights_only and allow_pickle=False read tensors and never execute anything.
-    """
+    """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
     committed = f"backbones/{args.env_id.rsplit('-v', 1)[0].lower()}-v4-medium-diffusion.pt"
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or Path(__file__).parent / committed)
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
-    what, stats, dims = f"--backbone {path}: neither our decoder format nor a DPPO / DSRL checkpoint", {}, {}
+    file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or '(none)'}"
+    ours, ends = "format" in file, [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        ours = "format" in file
-        if not ours:
-            what = f"--normalization {args.normalization or '(none)'}: a DPPO / DSRL checkpoint needs its .npz"
-        source = file["normalization"] if ours else np.load(args.normalization, allow_pickle=False)
-        stats = {f"{x}_{end}": np.asarray(source[f"{x}_{end}"]) for x in ("obs", "action") for end in ("min", "max")}
-        what = f"--backbone {path}: neither our decoder format nor a DPPO / DSRL checkpoint"
+        stats = file["normalization"] if ours else np.load(args.normalization, allow_pickle=False)
+        stats = {end: np.asarray(stats[end]) for end in ends}
+    except Exception as error:
+        require(False, f"{where}: {path} needs the normalization.npz that belongs to it ({type(error).__name__})")
+    try:
         config, weights = (file["config"], file["model"]) if ours else from_dppo(file, len(stats["action_min"]), args)
         decoder = Decoder(config)
         decoder.load_state_dict(weights)
         decoder.freeze()
     except Exception as error:  # an untrusted file can fail anywhere in here
-        require(False, f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:160]}); give another; {advice}")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        require(False, f"--backbone {path}: neither our decoder format nor DPPO's ({reason}); {advice}")
     require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
     with gym.make(args.env_id) as env:
-        dims = {"obs": env.observation_space.shape, "action": env.action_space.shape}
-    for x, shape in dims.items():
-        fits = f"--backbone {path}: has {config[f'{x}_dim']} {x} coordinates, {args.env_id} {shape}; give one that fits"
-        require((config[f"{x}_dim"],) == shape, fits)
-        low, high = stats[f"{x}_min"], stats[f"{x}_max"]
+        shapes = {"obs": env.observation_space.shape, "action": env.action_space.shape}
+    for x, shape in shapes.items():
+        size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
+        require(
+            (size,) == shape,
+            f"--backbone {path}: {size} {x} coordinates, {args.env_id} has {shape}; give one that fits",
+        )
         valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
-        require(valid, f"--normalization {args.normalization or path}: {x} range is not finite, ordered and {shape}")
+        require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
     card = file.get("card", {}) | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
     return decoder, stats, card
 
@@ -380,16 +380,12 @@ def mlp(n_in: int, n_out: int, args: Args):
     return nn.Sequential(*trunk, nn.Linear(sizes[-1], n_out))
 
 
-class TwinCritic(nn.Module):
-    """Two independent values of (obs, x): x is an action chunk for Q^A, noise for Q^W. (B, .), (B, d) -> (2, B)."""
-
-    def __init__(self, obs_dim: int, d: int, args: Args):
-        super().__init__()
-        self.members = nn.ModuleList(mlp(obs_dim + d, 1, args) for _ in range(2))
+class TwinCritic(nn.ModuleList):
+    """Two independent networks for Q^A(s, a) or Q^W(s, w): obs (B, obs_dim), x (B, d) -> (2, B)."""
 
     def forward(self, obs, x):
         x = torch.cat([obs, x], -1)
-        return torch.stack([member(x).squeeze(-1) for member in self.members])
+        return torch.stack([member(x).squeeze(-1) for member in self])
 
 
 class Agent(nn.Module):
@@ -400,9 +396,10 @@ class Agent(nn.Module):
         obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
         self.args, self.decoder = args, decoder
         self.perturbation = mlp(obs_dim, d, args).to(device)  # Delta_theta
-        nn.init.zeros_(self.perturbation[-1].weight)  # Delta = 0: the first policy is exactly the frozen one
-        nn.init.zeros_(self.perturbation[-1].bias)
-        self.q_a, self.q_a_target, self.q_w = (TwinCritic(obs_dim, d, args).to(device) for _ in range(3))
+        for zero in self.perturbation[-1].parameters():  # Delta = 0: the first policy is exactly the frozen one
+            nn.init.zeros_(zero)
+        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
+        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
         self.q_a_target.load_state_dict(self.q_a.state_dict())
         self.q_a_target.requires_grad_(False)
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
@@ -578,29 +575,17 @@ def plot_curves(path: Path, rows: list) -> None:
     save(path, lambda file: figure.savefig(file, format="png"))
 
 
-def start_tracker(run: Path, args):
-    try:
-        import wandb
-
-        return wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
-    except Exception as error:
-        print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
-
-
-def load_checkpoint(path: Path, agent, replay) -> dict:
+def load_checkpoint(run: Path, agent, replay) -> dict:
     """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        agent.load_state_dict(state["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        replay.add(**state["replay"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-        return state["loop"]
-    except Exception as error:  # cut short, of another version, of another script
-        require(False, f"--resume {path.parent}: its {path.name} does not load ({type(error).__name__}); start anew")
+    state = read_tensors(run / "checkpoint.pt", "--resume")
+    agent.load_state_dict(state["agent"])
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    replay.add(**state["replay"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["loop"]
 
 
 # --- end shared: run folder ---
@@ -621,13 +606,12 @@ if __name__ == "__main__":
     obs, _ = envs.reset(seed=args.seed)
     agent = Agent(args, decoder)
     replay = Replay(args.total_timesteps + args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
-
     # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
     loop = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
     loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
     run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
     if args.resume:
-        run, loop = Path(args.resume), load_checkpoint(Path(args.resume, "checkpoint.pt"), agent, replay)
+        run, loop = Path(args.resume), load_checkpoint(Path(args.resume), agent, replay)
         obs, before = loop["obs"].numpy(), loop["global_step"]
         for env, state in zip(envs.envs, loop["envs"]):
             env_state(env, state)
@@ -637,7 +621,14 @@ if __name__ == "__main__":
         copy = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
         copy |= {"card": card, "normalization": {name: torch.as_tensor(value) for name, value in normalization.items()}}
         save(run / "backbone.pt", partial(torch.save, copy))
-    tracker = start_tracker(run, args) if args.track else None
+    tracker = None
+    if args.track:
+        try:
+            import wandb
+
+            tracker = wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
+        except Exception as error:
+            print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
 
     def checkpoint():
         loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.2", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66", "h5py>=3.10", "minari[hdf5]>=0.5.3"]
+# dependencies = [
+#   "torch>=2.6", "gymnasium[mujoco]>=1.2", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66",
+#   "h5py>=3.10", "minari[hdf5]>=0.5.3",
+# ]
 # ///
 """Behaviour cloning of the decoder Phi that LP-DS later keeps frozen.
 
@@ -21,14 +24,16 @@ from and how good it is when it is frozen.
 Docs: docs/pretrain_backbone.md
 """
 
+import difflib
 import json
 import math
 import os
-import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import mujoco
@@ -42,15 +47,25 @@ from tqdm import trange
 
 @dataclass
 class Args:
+    # Data, result and frozen evaluation
     data: str
     """episodes to clone: FILE.npz (keys observations, actions, terminals, timeouts), a D4RL or robomimic FILE.hdf5,
     or minari:DATASET_ID, which the minari package downloads"""
     output: str
     """checkpoint to write, FILE.pt"""
+    source: str = ""
+    """one sentence on what the data is and its licence, for the card"""
+    obs_keys: str = "robot0_eef_pos,robot0_eef_quat,robot0_gripper_qpos,object"
+    """observation arrays of a robomimic file to concatenate, in this order"""
     env_id: str = ""
-    """environment of the frozen evaluation, for example Hopper-v4; empty: no evaluation, the card says so"""
-    kind: str = "diffusion"
-    """diffusion (noise prediction, DDIM at use) or flow (velocity prediction, Euler at use)"""
+    """environment of the frozen evaluation, for example Hopper-v4, or MODULE:ENV_ID where a package registers it;
+    empty: no evaluation, and the card has no score"""
+    eval_episodes: int = 100
+    """episodes of the frozen evaluation; its mean goes to the card"""
+
+    # Decoder
+    kind: Literal["diffusion", "flow"] = "diffusion"
+    """diffusion: noise prediction, DDIM at use; flow: velocity prediction, Euler at use"""
     chunk: int = 4
     """primitive actions decoded at once and executed open loop (T_a)"""
     hidden_size: int = 512
@@ -58,18 +73,17 @@ class Args:
     num_layers: int = 3
     """hidden layers counted as DPPO does: 3 is one input layer and one residual block of two; odd"""
     time_dim: int = 16
-    """size of the embedding of the denoising time; even"""
-    activation: str = "relu"
-    """relu (DPPO on Gym) or mish (DPPO on robomimic)"""
+    """size of the embedding of the denoising time; even, at least 4"""
+    activation: Literal["relu", "mish"] = "relu"
+    """relu is DPPO's on Gym, mish on robomimic"""
     train_steps: int = 20
     """denoising steps of the training schedule; a flow uses it as the scale of its time embedding"""
     sample_steps: int = 5
-    """DDIM or Euler steps of the decoder"""
-    obs_keys: str = "robot0_eef_pos,robot0_eef_quat,robot0_gripper_qpos,object"
-    """observation arrays of a robomimic file to concatenate, in this order"""
+    """DDIM or Euler steps of the decoder, at most --train-steps for DDIM"""
 
+    # Training
     iterations: int = 300_000
-    """gradient steps; DPPO trains Gym decoders for about this many batches of 128"""
+    """gradient steps; DPPO's 200 epochs over a million steps of data would be 1.5 million"""
     batch_size: int = 128
     """action chunks a gradient step"""
     lr: float = 1e-3
@@ -77,19 +91,16 @@ class Args:
     weight_decay: float = 1e-6
     """AdamW's weight decay"""
     ema_decay: float = 0.995
-    """decay of the averaged weights, updated every 10 gradient steps; the averaged weights are what is saved"""
+    """decay of the averaged weights, updated every 10 gradient steps; the averaged weights are what is saved, so give
+    runs of a few thousand steps less, for example 0.9"""
     held_out: float = 0.05
     """share of whole episodes kept out of training, on which the loss is reported"""
     log_every: int = 5_000
     """gradient steps between two rows of losses"""
-    eval_episodes: int = 100
-    """episodes of the frozen evaluation; its mean goes to the card"""
-    source: str = ""
-    """one sentence on what the data is and its licence, for the card"""
     seed: int = 1
     """seed of the weights, batches and the split"""
-    device: str = "cpu"
-    """cpu, cuda or cuda:1"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1"""
     num_threads: int = 1
     """CPU threads of torch; at these sizes a second one rarely pays"""
     no_progress: bool = False
@@ -97,148 +108,137 @@ class Args:
 
 
 # --- shared: errors ---
-def fail(message: str):
-    """Ends the program with one sentence on stderr and exit code 2, as argparse does."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def require(condition, message: str) -> None:
+    """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
+    if not condition:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def read_tensors(path: Path, flag: str) -> dict:
+    """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        require(False, f"{flag} {path}: no file of plain tensors, nothing in it was run ({type(error).__name__})")
 
 
 # --- end shared: errors ---
 # --- shared: environment ---
 class ActionChunk(gym.Wrapper):
-    """Lets an environment be driven by normalised observations and flat action chunks, executed open loop.
+    """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
-    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,) of the data the decoder was trained
-    on; formulas are DPPO's, observations are not clipped. A chunk stops where the episode ends, its reward is the plain
-    sum over the primitive steps; info has steps (executed), success (so far in the episode) and, at its end, episode.
+    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
+    steps. info: steps (executed), success (so far in the episode), episode (return and length, at its end).
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
         super().__init__(env)
         self.chunk, self.succeeded = chunk, False
-        self.n = {k: np.asarray(v, np.float64) for k, v in normalization.items()}
+        self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
 
-    def normalize(self, obs):  # (obs_dim,) raw -> (obs_dim,) about [-1, 1]
-        low, high = self.n["obs_min"], self.n["obs_max"]
+    def normalize(self, obs):  # (obs_dim,)
+        low, high = self.stats["obs_min"], self.stats["obs_max"]
         return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
 
     def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
         self.succeeded = False
+        obs, info = self.env.reset(**kwargs)
         return self.normalize(obs), info
 
-    def step(self, action):  # (chunk * A,) in [-1, 1]
-        low, high = self.n["action_min"], self.n["action_max"]
+    def step(self, action):  # (chunk * A,)
+        low, high, box = self.stats["action_min"], self.stats["action_max"], self.env.action_space
         total, steps = 0.0, 0
         for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
-            a = np.clip(a, self.env.action_space.low, self.env.action_space.high).astype(np.float32)
-            obs, reward, terminated, truncated, info = self.env.step(a)
+            obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + float(reward), steps + 1
-            # Gym locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
+            # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
             self.succeeded |= bool(info.get("success", truncated and not terminated))
-            # differs from DSRL: its wrapper goes on stepping (and adding rewards) after the episode has ended
-            if terminated or truncated:
+            if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in ("episode",) if k in info}
+        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in info if k == "episode"}
         return self.normalize(obs), total, terminated, truncated, info
 
 
 def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
-    """One environment that takes flat action chunks in [-1, 1]; unknown ids raise gymnasium's own error."""
+    """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
     return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
 
 
-def get_env_state(env) -> dict:
-    """Everything the next step depends on: full physics (warm start included), time limit, statistics, generator."""
+def env_state(env, state: dict | None = None) -> dict:
+    """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec, counters = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
     physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
+    if state:  # forward computes the body positions that some rewards read, but spoils the warm start: set it again
+        for finish in (mujoco.mj_forward, lambda model, data: None):
+            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
+            finish(mj.model, mj.data)
+        mj.np_random.bit_generator.state = json.loads(state["generator"])
     mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    while env is not mj:  # from the outermost wrapper inwards
-        for name in ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"):
-            if name in vars(env):
-                counters[name] = vars(env)[name].item() if isinstance(vars(env)[name], np.generic) else vars(env)[name]
+    while env is not mj:
+        for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
+            if state:
+                setattr(env, name, state["counters"][name])
+            counters[name] = np.asarray(getattr(env, name)).item()
         env = env.env
     generator = json.dumps(mj.np_random.bit_generator.state)
     return {"physics": torch.from_numpy(physics), "counters": counters, "generator": generator}
 
 
-def set_env_state(env, state: dict) -> None:
-    """Puts a freshly reset environment back to where `get_env_state` found it."""
-    mj, spec, physics = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, state["physics"].numpy()
-    mujoco.mj_setState(mj.model, mj.data, physics, spec)
-    mujoco.mj_forward(mj.model, mj.data)  # fills the body positions that some rewards read, but spoils the warm start
-    mujoco.mj_setState(mj.model, mj.data, physics, spec)
-    mj.np_random.bit_generator.state = json.loads(state["generator"])
-    while env is not mj:
-        for name in set(state["counters"]) & set(vars(env)):
-            setattr(env, name, state["counters"][name])
-        env = env.env
-
-
 # --- end shared: environment ---
 # --- shared: decoder ---
 class Decoder(nn.Module):
-    """Phi: obs (B, obs_dim), noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1], all normalised. Deterministic.
+    """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
 
-    The network is DPPO's DiffusionMLP (input [x, time embedding, obs], one linear layer, pre-activation residual
-    blocks, linear head). A flow decoder uses the same network as a velocity field. Call `freeze` once the weights are
-    in: the time embeddings of the few sampling steps then become constants, which saves a third of the operations.
+    DPPO's DiffusionMLP under DPPO's names: [x, time embedding, obs] through a linear layer, pre-activation residual
+    blocks and a linear head. It predicts noise (diffusion: DDIM with eta 0) or velocity (flow: Euler steps).
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        c = self.config = config
-        self.dim, self.time_dim = c["chunk"] * c["action_dim"], c["time_dim"]  # d = Ta*A
-        self.activation = {"relu": F.relu, "mish": F.mish}[c["activation"]]
-        self.time_embedding = nn.Sequential(
-            nn.Linear(c["time_dim"], 2 * c["time_dim"]), nn.Mish(), nn.Linear(2 * c["time_dim"], c["time_dim"])
-        )
-        sizes = [c["obs_dim"], *c["cond_hidden"]]  # DPPO's Square decoder encodes the observation first
-        self.cond_layers = nn.ModuleList(nn.Linear(m, n) for m, n in zip(sizes, sizes[1:]))
-        h = c["hidden"][0]
-        self.input = nn.Linear(self.dim + c["time_dim"] + sizes[-1], h)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)}) for _ in range((len(c["hidden"]) - 1) // 2)
-        )
-        self.head = nn.Linear(h, self.dim)
+        self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
+        self.activation = {"relu": F.relu, "mish": F.mish}[config["activation"]]
+        t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
+        self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
+        cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
+        self.cond_mlp = nn.ModuleDict({"moduleList": nn.ModuleList(cond)})
+        blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
+        layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
+        self.mlp_mean = nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
-    def embed_time(self, t):  # (B,) in units of training steps -> (B, time_dim)
-        half = self.time_dim // 2
-        frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
-        angle = t[:, None].float() * frequency
-        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1))
+    def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
+        half = self.config["time_dim"] // 2
+        angle = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
+        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1).float())
 
-    def network(self, x, time_emb, obs):  # -> predicted noise (diffusion) or velocity (flow), (B, Ta*A)
-        for i, layer in enumerate(self.cond_layers):
-            obs = layer(obs) if i + 1 == len(self.cond_layers) else self.activation(layer(obs))
-        h = self.input(torch.cat([x, time_emb, obs], -1))
-        for block in self.blocks:
+    def network(self, x, time_emb, obs):  # -> noise or velocity (B, Ta*A)
+        for i, layer in enumerate(self.cond_mlp["moduleList"]):
+            obs = layer["linear_1"](self.activation(obs) if i else obs)
+        first, *blocks, head = self.mlp_mean["layers"]
+        h = first(torch.cat([x, time_emb, obs], -1))
+        for block in blocks:
             h = h + block["l2"](self.activation(block["l1"](self.activation(h))))
-        return self.head(h)
+        return head(h)
 
     @staticmethod
-    def alpha_bar(steps: int):
-        """DPPO's cosine schedule, (steps,) float64; its grid runs over [0, steps + 1], which is kept on purpose."""
-        grid = np.linspace(0, steps + 1, steps + 1) / (steps + 1)
-        f = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.clip(1 - f[1:] / f[:-1], 0, 0.999).astype(np.float32).astype(np.float64)
-        return np.cumprod(1 - betas)
+    def alpha_bar(steps: int):  # DPPO's cosine schedule (steps,); its grid ends at steps + 1, which is kept on purpose
+        f = np.cos((np.linspace(0, steps + 1, steps + 1) / (steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))
 
     def freeze(self):
-        """Fixes the weights and tabulates what each sampling step needs: its time embedding and schedule constants."""
+        """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
         train, sample = self.config["train_steps"], self.config["sample_steps"]
+        times = np.arange(sample) * train / sample  # flow, from noise to action
         if self.config["kind"] == "diffusion":
-            times = np.arange(sample)[::-1] * (train // sample)  # "leading" spacing: 16, 12, 8, 4, 0 for 20 / 5
+            times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
             now = self.alpha_bar(train)[times]
             after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.table = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
-        else:
-            times = np.arange(sample) * train / sample
+            self.schedule = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
         self.requires_grad_(False).eval()
-        device = self.head.weight.device
-        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device))  # (S, time_dim)
+        device = next(self.parameters()).device
+        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device).float())
         return self
 
     def forward(self, obs, noise):
@@ -246,29 +246,27 @@ class Decoder(nn.Module):
         for i, time_emb in enumerate(self.times):
             prediction = self.network(x, time_emb.expand(len(x), -1), obs)
             if self.config["kind"] == "flow":
-                x = x + prediction / self.config["sample_steps"]  # Euler
-                continue
-            a, b, a_next, b_next = self.table[i]
-            clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and ...
-            x = a_next * clean + b_next * (x - a * clean) / b  # ... recomputes the noise from what was clipped
+                x = x + prediction / len(self.times)
+            else:
+                a, b, a_next, b_next = self.schedule[i]
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and then
+                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that goes with what was clipped
         return x.clamp(-1, 1)
 
 
 # --- end shared: decoder ---
 # --- shared: evaluation ---
-@torch.no_grad()
 def evaluate(policy, envs: list, seed: int, device) -> dict:
-    """One episode in each of `envs`, sampled noise; returns arrays (len(envs),): return, success, length.
+    """One episode in each of `envs`, noise sampled; arrays (len(envs),) of return, success and length.
 
-    Episode i always starts from seed + i and receives the same noise draws, whatever the policy and however long the
-    others live, so two policies, checkpoints or methods meet the same luck.
+    Episode i starts from seed + i and meets the same noise whatever the policy and however long the others live.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, n = torch.Generator().manual_seed(seed), len(envs)
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    result = {"return": np.zeros(len(envs)), "success": np.zeros(len(envs), bool), "length": np.zeros(len(envs), int)}
-    alive = np.arange(len(envs))
+    result = {"return": np.zeros(n), "success": np.zeros(n, bool), "length": np.zeros(n, int)}
+    alive = np.arange(n)
     while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive]
+        noise = torch.randn(n, *envs[0].action_space.shape, generator=generator)[alive]
         action = policy(torch.as_tensor(obs[alive], device=device), noise.to(device)).cpu().numpy()
         for i, a in zip(list(alive), action):
             obs[i], reward, terminated, truncated, info = envs[i].step(a)
@@ -283,111 +281,173 @@ def evaluate(policy, envs: list, seed: int, device) -> dict:
 # --- end shared: evaluation ---
 
 
+def check_args(args: Args) -> None:
+    """Refuses what is known to be wrong before any work is done; types and choices tyro has checked."""
+    at_least_1 = ("eval_episodes", "chunk", "hidden_size", "train_steps", "sample_steps", "iterations", "batch_size",
+                  "log_every", "num_threads")  # fmt: skip
+    rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1] + [
+        ("num_layers", args.num_layers > 0 and args.num_layers % 2 == 1, "an odd number; 3 is the input and one block"),
+        ("time_dim", args.time_dim >= 4 and args.time_dim % 2 == 0, "an even number of at least 4"),
+        ("sample_steps", args.kind == "flow" or args.sample_steps <= args.train_steps, "at most --train-steps"),
+        ("lr", 0 < args.lr < math.inf, "a number above 0"),
+        ("weight_decay", 0 <= args.weight_decay < math.inf, "a number of at least 0"),
+        ("ema_decay", 0 <= args.ema_decay < 1, "a number in [0, 1)"),
+        ("held_out", 0 <= args.held_out < 1, "a share in [0, 1)"),
+        ("seed", args.seed >= 0, "at least 0"),
+    ]
+    for name, accepted, expected in rules:
+        require(accepted, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    output = Path(args.output)
+    writable = os.access(output.resolve().parent, os.W_OK) and not output.is_dir()
+    require(writable, f"--output {output}: a folder, or in none that can be written; give FILE.pt in an existing one")
+    same = output.resolve() == Path(args.data).resolve()
+    require(not same, f"--output {output}: is the data itself, which would be lost; give another name")
+    try:
+        torch.zeros(1, device="cpu" if args.device == "auto" else args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        require(False, f"--device {args.device}: torch cannot use it ({first_line(error)}); use auto, cpu or cuda")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def split_episodes(ends):  # (N,) bool, True on the last step of each episode -> list of slices
     stops = np.flatnonzero(ends) + 1
     stops = stops if len(stops) and stops[-1] == len(ends) else np.append(stops, len(ends))
-    return [slice(a, b) for a, b in zip(np.append(0, stops[:-1]), stops)]
+    return [slice(a, b) for a, b in zip(np.append(0, stops[:-1]), stops, strict=True)]
 
 
-def read_npz(path):
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"observations", "actions", "terminals", "timeouts"} - set(file.files)
-        if missing:
-            fail(f"--data {path}: has no {', '.join(sorted(missing))}; expected observations, actions, terminals, timeouts")
-        obs, actions = file["observations"], file["actions"]
-        ends = file["terminals"].astype(bool).reshape(-1) | file["timeouts"].astype(bool).reshape(-1)
-        lengths = file["lengths"] if "lengths" in file.files else None
-    if not len(obs) == len(actions) == len(ends):
-        fail(f"--data {path}: {len(obs)} observations, {len(actions)} actions, {len(ends)} end flags; expected equal counts")
-    if lengths is None:
+def read_flat(path: str, arrays) -> list:
+    """Episodes from arrays that run through all of them (our .npz, D4RL's .hdf5): `lengths` or the end flags cut."""
+    keys = ("observations", "actions", "terminals", "timeouts")
+    missing = [key for key in keys if key not in arrays]
+    require(not missing, f"--data {path}: has no {' and no '.join(missing)}; expected {', '.join(keys)}")
+    obs, actions, terminals, timeouts = (arrays[key][()] for key in keys)
+    counts = [len(array) for array in (obs, actions, terminals, timeouts)]
+    require(len(set(counts)) == 1, f"--data {path}: {', '.join(keys)} have {counts} rows; expected as many of each")
+    ends = terminals.astype(bool).reshape(-1) | timeouts.astype(bool).reshape(-1)
+    flags = f"terminals are {terminals.shape}, timeouts {timeouts.shape}"
+    require(len(ends) == len(obs), f"--data {path}: {flags}; expected one flag a step")
+    if "lengths" not in arrays:
         return [(obs[s], actions[s]) for s in split_episodes(ends)]
-    if lengths.sum() != len(obs):
-        fail(f"--data {path}: lengths add up to {lengths.sum()}, but there are {len(obs)} steps; rewrite the file")
+    lengths = arrays["lengths"][()].reshape(-1).astype(np.int64)
+    whole = lengths.sum() == len(obs) and (lengths >= 0).all()
+    require(whole, f"--data {path}: lengths add up to {lengths.sum()}, but there are {len(obs)} steps; rewrite it")
     stops = np.cumsum(lengths)
-    return [(obs[a:b], actions[a:b]) for a, b in zip(stops - lengths, stops)]
+    return [(obs[a:b], actions[a:b]) for a, b in zip(stops - lengths, stops, strict=True)]
 
 
-def read_hdf5(path, obs_keys):
+def read_npz(path: str) -> list:
+    with np.load(path, allow_pickle=False) as file:  # a file from others is data, it cannot run code
+        return read_flat(path, file)
+
+
+def read_hdf5(path: str, obs_keys: list) -> list:
     try:
         import h5py
     except ImportError:
-        fail(f"--data {path}: reading .hdf5 needs h5py; pip install h5py")
+        require(False, f"--data {path}: reading .hdf5 needs h5py; pip install h5py")
     with h5py.File(path, "r") as file:
-        if "data" in file:  # robomimic: data/demo_7/{actions, obs/KEY}
-            demos = sorted(file["data"], key=lambda name: int(name.split("_")[-1]))
-            for key in obs_keys:
-                if key not in file["data"][demos[0]]["obs"]:
-                    have = ", ".join(file["data"][demos[0]]["obs"])
-                    fail(f"--obs-keys {key}: not in {path}, which has {have}")
-            return [
-                (np.concatenate([file["data"][d]["obs"][k][:] for k in obs_keys], -1), file["data"][d]["actions"][:])
-                for d in demos
-            ]
-        missing = {"observations", "actions", "terminals"} - set(file)
-        if missing:
-            fail(f"--data {path}: has no {', '.join(sorted(missing))}; expected a D4RL or robomimic file")
-        ends = file["terminals"][:].astype(bool)
-        if "timeouts" in file:
-            ends |= file["timeouts"][:].astype(bool)
-        obs, actions = file["observations"][:], file["actions"][:]
-    return [(obs[s], actions[s]) for s in split_episodes(ends)]
+        if "data" not in file:
+            return read_flat(path, file)
+        demos = sorted(file["data"], key=lambda name: int(name.split("_")[-1]))  # robomimic: data/demo_7/obs/KEY
+        episodes = []
+        for demo in (file["data"][name] for name in demos):
+            missing, where = sorted(set(obs_keys) - set(demo["obs"])), f"{demo.name} of {path}"
+            has = ", ".join(demo["obs"])
+            require(not missing, f"--obs-keys {', '.join(missing)}: not in {where}, which has {has}")
+            episodes.append((np.concatenate([demo["obs"][key][()] for key in obs_keys], -1), demo["actions"][()]))
+    return episodes
 
 
-def read_minari(name):
+def read_minari(path: str) -> list:
+    name = path.removeprefix("minari:")
     try:
         import minari
     except ImportError:
-        fail(f"--data minari:{name}: needs the minari package; pip install 'minari[hdf5]'")
+        require(False, f"--data {path}: needs the minari package; pip install 'minari[hdf5]'")
     try:
         dataset = minari.load_dataset(name, download=True)
     except Exception as error:  # network, unknown id, broken file: minari raises many kinds
-        fail(f"--data minari:{name}: minari could not load it ({type(error).__name__}: {error}); check the id and the network")
+        require(False, f"--data {path}: minari could not load it ({first_line(error)}); check the id and the network")
+    for space in (dataset.observation_space, dataset.action_space):
+        box, kind = isinstance(space, gym.spaces.Box), type(space).__name__
+        require(box, f"--data {path}: has a {kind} space; only Box observations and actions can be cloned")
     # Minari keeps the observation after the last action as well
     return [(episode.observations[: len(episode.actions)], episode.actions) for episode in dataset.iterate_episodes()]
 
 
-def load_episodes(args):
-    """List of (obs (T, obs_dim), actions (T, A)) float32; ends the program where the data cannot be cloned."""
-    if args.data.startswith("minari:"):
-        episodes = read_minari(args.data[len("minari:") :])
-    elif not Path(args.data).is_file():
-        fail(f"--data {args.data}: no such file; give an .npz, an .hdf5 or minari:DATASET_ID")
-    elif args.data.endswith(".npz"):
-        try:
-            episodes = read_npz(args.data)
-        except (ValueError, OSError, KeyError) as error:
-            fail(f"--data {args.data}: cannot be read as an .npz without pickles ({error}); write plain arrays")
-    elif args.data.endswith((".hdf5", ".h5")):
-        episodes = read_hdf5(args.data, args.obs_keys.split(","))
-    else:
-        fail(f"--data {args.data}: unknown kind of file; give an .npz, an .hdf5 or minari:DATASET_ID")
+def load_episodes(args: Args) -> list:
+    """[(obs (T, obs_dim), actions (T, A)), ...] float32 from --data; ends the program where it cannot be cloned."""
+    path, suffix = args.data, Path(args.data).suffix
+    kinds = "give an .npz, an .hdf5 or minari:DATASET_ID"
+    try:
+        if path.startswith("minari:"):
+            episodes = read_minari(path)
+        else:
+            require(Path(path).is_file(), f"--data {path}: no such file; {kinds}")
+            require(suffix in (".npz", ".hdf5", ".h5"), f"--data {path}: unknown kind of file; {kinds}")
+            episodes = read_npz(path) if suffix == ".npz" else read_hdf5(path, args.obs_keys.split(","))
+    except Exception as error:  # what a broken file makes numpy, zipfile and h5py raise has no common type
+        require(False, f"--data {path}: cannot be read ({first_line(error)}); give plain numeric arrays, no pickles")
     for i, (obs, actions) in enumerate(episodes):
-        if obs.ndim != 2 or actions.ndim != 2 or obs.dtype.kind not in "fiu" or actions.dtype.kind not in "fiu":
-            fail(f"--data {args.data}: episode {i} has observations {obs.shape} and actions {actions.shape}; expected two numeric (T, dim) arrays")
-        if len(actions) == 0:
-            fail(f"--data {args.data}: episode {i} has zero length; remove it")
-        if not (np.isfinite(obs).all() and np.isfinite(actions).all()):
-            fail(f"--data {args.data}: episode {i} holds values that are not finite; repair or remove it")
-    if not any(len(actions) >= args.chunk for _, actions in episodes):
-        fail(f"--chunk {args.chunk}: no episode of {args.data} is that long; use a smaller chunk")
-    return [(obs.astype(np.float32), actions.astype(np.float32)) for obs, actions in episodes]
+        where, shapes = f"--data {path}: episode {i}", f"observations {obs.shape} and actions {actions.shape}"
+        arrays = obs.ndim == actions.ndim == 2 and obs.dtype.kind in "fiu" and actions.dtype.kind in "fiu"
+        require(arrays, f"{where} has {shapes} of {obs.dtype} and {actions.dtype}; expected numeric (T, dim) arrays")
+        require(len(obs) == len(actions), f"{where} has {shapes}; expected as many of each")
+        require(len(actions) > 0, f"{where} has zero length; remove it")
+        found, first = (obs.shape[1], actions.shape[1]), tuple(x.shape[1] for x in episodes[0])
+        require(found == first, f"{where} has {found} observation and action dimensions, episode 0 has {first}")
+        with np.errstate(over="ignore"):
+            episodes[i] = obs.astype(np.float32), actions.astype(np.float32)
+        finite = all(np.isfinite(x).all() for x in episodes[i])
+        require(finite, f"{where} holds values that are not finite (in float32); repair or remove it")
+    longest = max((len(actions) for _, actions in episodes), default=0)
+    require(longest >= args.chunk, f"--chunk {args.chunk}: the longest episode of {path} has {longest} steps; use less")
+    return episodes
 
 
-def windows(episodes, chunk, stats):
+def check_env(env_id: str, obs_dim: int, action_dim: int) -> None:
+    """An environment that does not exist or does not fit the data must not be found out after an hour of training."""
+    known, close = env_id in gym.registry or ":" in env_id, difflib.get_close_matches(env_id, [*gym.registry], 1, 0)
+    hint = f"did you mean {close[0]}? MODULE:ENV_ID is for what another package registers"
+    require(known, f"--env-id {env_id}: unknown; {hint}")
+    try:
+        env = gym.make(env_id)
+    except Exception as error:  # a missing package, a retired version: gymnasium raises many kinds
+        require(False, f"--env-id {env_id}: gymnasium cannot make it ({first_line(error)})")
+    found = (env.observation_space.shape, env.action_space.shape)
+    env.close()
+    has = f"has observations {found[0]} and actions {found[1]}, but the data ({obs_dim},) and ({action_dim},)"
+    fits = found == ((obs_dim,), (action_dim,))
+    require(fits, f"--env-id {env_id}: {has}; give the environment the data comes from, or none")
+
+
+def statistics(episodes: list) -> dict:
+    """Smallest and largest value of every dimension, over all episodes, held out or not (as DPPO does)."""
+    return {
+        "obs_min": np.min([obs.min(0) for obs, _ in episodes], 0),
+        "obs_max": np.max([obs.max(0) for obs, _ in episodes], 0),
+        "action_min": np.min([actions.min(0) for _, actions in episodes], 0),
+        "action_max": np.max([actions.max(0) for _, actions in episodes], 0),
+    }
+
+
+def windows(episodes: list, chunk: int, stats: dict):
     """Normalised (obs (N, obs_dim), action chunks (N, chunk*A)): every start with a full window inside its episode."""
     obs_low, obs_span = stats["obs_min"], stats["obs_max"] - stats["obs_min"] + 1e-6
     act_low, act_span = stats["action_min"], stats["action_max"] - stats["action_min"] + 1e-6
     all_obs, all_chunks = [], []
     for obs, actions in episodes:
-        n = len(actions) - chunk + 1
-        if n > 0:
-            index = np.arange(n)[:, None] + np.arange(chunk)
-            all_obs.append(2 * ((obs[:n] - obs_low) / obs_span - 0.5))
-            all_chunks.append((2 * (actions[index] - act_low) / act_span - 1).reshape(n, -1))
+        n = max(len(actions) - chunk + 1, 0)
+        index = np.arange(n)[:, None] + np.arange(chunk)
+        all_obs.append(2 * ((obs[:n] - obs_low) / obs_span - 0.5))
+        all_chunks.append((2 * (actions[index] - act_low) / act_span - 1).reshape(n, chunk * actions.shape[1]))
     return torch.as_tensor(np.concatenate(all_obs)).float(), torch.as_tensor(np.concatenate(all_chunks)).float()
 
 
-def bc_loss(decoder, obs, chunks, abar):
+def bc_loss(decoder: Decoder, obs, chunks, abar):
     """Mean squared error of the noise (diffusion, DDPM) or of the velocity (flow, rectified flow)."""
     noise = torch.randn_like(chunks)
     if decoder.config["kind"] == "diffusion":
@@ -395,53 +455,39 @@ def bc_loss(decoder, obs, chunks, abar):
         a = abar[t][:, None]
         x, target = a.sqrt() * chunks + (1 - a).sqrt() * noise, noise
     else:
-        u = torch.rand(len(obs), 1, device=obs.device)
+        u = torch.rand(len(obs), 1, device=obs.device)  # 0 is noise, 1 is data
         x, target, t = (1 - u) * noise + u * chunks, chunks - noise, u[:, 0] * decoder.config["train_steps"]
     return F.mse_loss(decoder.network(x, decoder.embed_time(t), obs), target)
 
 
-def validate(args):
-    for flag, value, accepted in (("--kind", args.kind, ("diffusion", "flow")), ("--activation", args.activation, ("relu", "mish"))):
-        if value not in accepted:
-            fail(f"{flag} {value}: expected one of {', '.join(accepted)}")
-    for name in ("chunk", "hidden_size", "train_steps", "sample_steps", "iterations", "batch_size", "log_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    if args.num_layers < 1 or args.num_layers % 2 == 0:
-        fail(f"--num-layers {args.num_layers}: expected an odd number; 3 is one input layer and one residual block")
-    if args.time_dim < 4 or args.time_dim % 2:
-        fail(f"--time-dim {args.time_dim}: expected an even number of at least 4")
-    if args.kind == "diffusion" and args.sample_steps > args.train_steps:
-        fail(f"--sample-steps {args.sample_steps}: expected at most --train-steps {args.train_steps}")
-    if not 0 <= args.held_out < 1:
-        fail(f"--held-out {args.held_out}: expected a share in [0, 1)")
-    if not Path(args.output).resolve().parent.is_dir():
-        fail(f"--output {args.output}: the folder does not exist; create it first")
+def stopped(number, frame):
+    print("stopped; nothing was written", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    validate(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    device = torch.device(args.device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stopped)
 
-    # (1) Data: whole episodes are held out, statistics are taken over all of them (as DPPO does)
+    # (1) Data: whole episodes are held out; those shorter than a chunk have no window and are no part of the split
     episodes = load_episodes(args)
-    stats = {
-        "obs_min": np.min([o.min(0) for o, _ in episodes], 0), "obs_max": np.max([o.max(0) for o, _ in episodes], 0),
-        "action_min": np.min([a.min(0) for _, a in episodes], 0), "action_max": np.max([a.max(0) for _, a in episodes], 0),
-    }  # fmt: skip
-    order = np.random.default_rng(args.seed).permutation(len(episodes))
-    n_held = int(args.held_out * len(episodes))
-    obs, chunks = (x.to(device) for x in windows([episodes[i] for i in order[n_held:]], args.chunk, stats))
-    held = [x.to(device) for x in windows([episodes[i] for i in order[:n_held]], args.chunk, stats)] if n_held else None
+    obs_dim, action_dim = (x.shape[1] for x in episodes[0])
+    if args.env_id:
+        check_env(args.env_id, obs_dim, action_dim)
+    stats = statistics(episodes)
+    usable = [episode for episode in episodes if len(episode[1]) >= args.chunk]
+    order, n_held = np.random.default_rng(args.seed).permutation(len(usable)), int(args.held_out * len(usable))
+    obs, chunks = (x.to(device) for x in windows([usable[i] for i in order[n_held:]], args.chunk, stats))
+    held = [x.to(device) for x in windows([usable[i] for i in order[:n_held]], args.chunk, stats)] if n_held else None
 
     # (2) Network, its running average, optimiser
     config = {
-        "kind": args.kind, "obs_dim": obs.shape[1], "action_dim": chunks.shape[1] // args.chunk, "chunk": args.chunk,
+        "kind": args.kind, "obs_dim": obs_dim, "action_dim": action_dim, "chunk": args.chunk,
         "hidden": [args.hidden_size] * args.num_layers, "cond_hidden": [], "time_dim": args.time_dim,
         "activation": args.activation, "train_steps": args.train_steps, "sample_steps": args.sample_steps,
     }  # fmt: skip
@@ -452,13 +498,14 @@ if __name__ == "__main__":
     abar = torch.as_tensor(Decoder.alpha_bar(args.train_steps), device=device).float()
     print(
         f"{args.kind} decoder, {sum(p.numel() for p in decoder.parameters()):,} parameters, on {device}: "
-        f"{len(obs):,} chunks from {len(episodes) - n_held} episodes, {n_held} episodes held out"
+        f"{len(obs):,} chunks from {len(usable) - n_held} episodes, {n_held} episodes held out, "
+        f"{len(episodes) - len(usable)} shorter than a chunk",
+        flush=True,
     )
 
     # (3) Behaviour cloning
-    started, running = time.time(), torch.zeros((), device=device)
+    started, running, losses = time.time(), torch.zeros((), device=device), []
     progress = trange(1, args.iterations + 1, disable=args.no_progress or not sys.stderr.isatty(), dynamic_ncols=True)
-    losses = []
     for iteration in progress:
         index = torch.randint(len(obs), (args.batch_size,), device=device)
         loss = bc_loss(decoder, obs[index], chunks[index], abar)
@@ -467,52 +514,64 @@ if __name__ == "__main__":
         optimizer.step()
         schedule.step()
         running += loss.detach()
-        if iteration % 10 == 0:  # DPPO's cadence; before a fiftieth of the training the average is the network itself
-            decay = args.ema_decay if iteration > args.iterations // 50 else 0.0
+
+        # The average moves at DPPO's cadence; before a fiftieth of the training it is the network itself
+        last = iteration == args.iterations
+        if iteration % 10 == 0 or last:
+            decay = args.ema_decay if iteration > max(args.iterations // 50, 10) else 0.0
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(decoder.parameters()), 1 - decay)
-        if iteration % args.log_every == 0 or iteration == args.iterations:
+
+        # Losses stay on the device until here
+        if iteration % args.log_every == 0 or last:
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(0)  # the same noise at every row, so that the column shows the trend only
-                held_loss = bc_loss(ema, *held, abar).item() if held else float("nan")
-            row = {
-                "iteration": iteration, "loss": round(running.item() / ((iteration - 1) % args.log_every + 1), 5),
-                "held_out": round(held_loss, 5),
-            }  # fmt: skip
-            losses.append(row)
+                held_loss = bc_loss(ema, *held, abar).item() if held else math.nan
+            mean_loss = running.item() / ((iteration - 1) % args.log_every + 1)
             running.zero_()
-            if not math.isfinite(row["loss"]):
-                fail(f"--lr {args.lr}: the loss became {row['loss']} at iteration {iteration}; use a smaller learning rate")
-            progress.set_postfix(loss=row["loss"], held_out=row["held_out"])
+            finite = math.isfinite(mean_loss) and (math.isfinite(held_loss) or not held)
+            require(finite, f"--lr {args.lr}: the loss is no longer finite at iteration {iteration}; use a smaller one")
+            losses.append({"iteration": iteration, "loss": round(mean_loss, 5), "held_out": round(held_loss, 5)})
+            progress.set_postfix(loss=f"{mean_loss:.4f}", held_out=f"{held_loss:.4f}")
             if progress.disable:
-                print(f"iteration {iteration:>7}  loss {row['loss']:.4f}  held out {held_loss:.4f}  {time.time() - started:.0f} s", flush=True)
+                seconds = time.time() - started
+                print(f"{iteration:>8}  loss {mean_loss:.4f}  held out {held_loss:.4f}  {seconds:.0f} s", flush=True)
 
     # (4) How good is it when it is frozen? Sampled noise, fixed seeds: what every script prints as its baseline
     ema.freeze()
+    not_recipe = ("data", "output", "source", "device", "no_progress")
     card = {
-        "env_id": args.env_id, "data": Path(args.data).name, "source": args.source,
-        "recipe": {k: v for k, v in asdict(args).items() if k not in ("data", "output", "source", "device", "no_progress")},
+        "env_id": args.env_id, "data": args.data if args.data.startswith("minari:") else Path(args.data).name,
+        "source": args.source, "recipe": {k: v for k, v in asdict(args).items() if k not in not_recipe},
         "loss": losses[-1]["loss"], "held_out_loss": losses[-1]["held_out"], "losses": losses,
         "train_seconds": round(time.time() - started),
     }  # fmt: skip
     if args.env_id:
         envs = [make_env(args.env_id, args.chunk, stats) for _ in range(args.eval_episodes)]
-        expected = (envs[0].observation_space.shape[0], envs[0].action_space.shape[0])
-        if expected != (config["obs_dim"], decoder.dim):
-            fail(f"--env-id {args.env_id}: has {expected[0]} observations and chunks of {expected[1]}, the data {config['obs_dim']} and {decoder.dim}; not evaluated or saved")
         result = evaluate(ema, envs, 10_000, device)
         card |= {
             "frozen_return": float(result["return"].mean()), "frozen_return_std": float(result["return"].std()),
             "frozen_success": float(result["success"].mean()), "frozen_length": float(result["length"].mean()),
             "eval_episodes": args.eval_episodes, "eval_seed": 10_000,
         }  # fmt: skip
-        print(f"frozen: return {card['frozen_return']:.0f} +- {card['frozen_return_std']:.0f}, success {card['frozen_success']:.2f}, length {card['frozen_length']:.0f} over {args.eval_episodes} episodes of {args.env_id}")
+        print(
+            f"frozen: return {card['frozen_return']:.0f} +- {card['frozen_return_std']:.0f}, success "
+            f"{card['frozen_success']:.2f}, length {card['frozen_length']:.0f}, {args.eval_episodes} episodes"
+        )
 
     # (5) Save: written beside the target and renamed, so that a crash never leaves half a file
     checkpoint = {
-        "format": 1, "kind": args.kind, "config": config, "card": card, "model": ema.state_dict(),
+        "format": 1, "kind": args.kind, "config": config, "card": card,
+        "model": {k: v.cpu() for k, v in ema.state_dict().items()},
         "normalization": {k: torch.as_tensor(v) for k, v in stats.items()},
     }  # fmt: skip
-    torch.save(checkpoint, args.output + ".tmp")
-    os.replace(args.output + ".tmp", args.output)
-    print(f"wrote {args.output}; use it: python lpds_continuous.py --env-id {args.env_id or 'ENV_ID'} --backbone {args.output}")
+    temporary = Path(args.output + ".tmp")
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, args.output)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        full = f"cannot be written ({first_line(error)}); free some space or use another folder"
+        require(False, f"--output {args.output}: {full}")
+    use = f"--env-id {args.env_id or 'ENV_ID'} --backbone {args.output}"
+    print(f"wrote {args.output}; use it: python lpds_continuous.py {use}")

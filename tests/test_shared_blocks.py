@@ -1,0 +1,39 @@
+"""Copies between scripts are by design, drift is not: blocks of one name are byte-identical everywhere."""
+
+import ast
+
+import pytest
+from sync_shared_blocks import ROOT, blocks, scripts
+
+LIMIT = {"lpds_continuous.py": 650, "lpds_toy.py": 450}
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
+def test_blocks_are_those_of_the_model_script(path):
+    model = blocks((ROOT / "lpds_continuous.py").read_text())
+    for name, body in blocks(path.read_text()).items():
+        if name in model:
+            assert body == model[name], f"{path.name}: '{name}' has drifted; run python tests/sync_shared_blocks.py"
+
+
+def test_blocks_are_found_and_open_ones_refused():
+    assert {"errors", "environment", "decoder", "evaluation", "run folder"} == set(
+        blocks((ROOT / "lpds_continuous.py").read_text())
+    )
+    with pytest.raises(ValueError):
+        blocks("# --- shared: a ---\nx = 1\n# --- end shared: b ---\n")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in scripts() if p.name.startswith("lpds_") or p.parent.name == "baselines"], ids=lambda p: p.name
+)
+def test_a_script_stays_one_short_readable_file(path):
+    text = path.read_text()
+    assert text.count("\n") <= LIMIT.get(path.name, 700)
+    local = {p.stem for p in ROOT.glob("**/*.py") if ".venv" not in p.parts} - {"entropy"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 45, f"{node.name} is too long to read at once"
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & local, "scripts share entropy.py and nothing else"
