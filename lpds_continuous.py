@@ -150,24 +150,22 @@ FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "r
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
+    base, saved = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {})), Path(args.resume, "args.json")
     if args.resume:
-        saved = Path(args.resume, "args.json")
         require(saved.is_file(), f"--resume {args.resume}: no run (it has no args.json); give a folder under --run-dir")
         base = Args(**json.loads(saved.read_text()))
     args = tyro.cli(Args, args=argv, default=base, description=__doc__)
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        fixed = args.resume and name not in FREE and value != getattr(base, name)
-        require(not fixed, f"{flag}: {args.resume} has {getattr(base, name)}; only {', '.join(FREE)} may change")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            above = 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO
-            require(above, f"{flag}: must be finite and above 0; --help says what is usual")
-            require(value <= 1 or name not in ("gamma", "tau"), f"{flag}: must be at most 1; --help says what is usual")
+        free = not args.resume or name in FREE or value == getattr(base, name)
+        require(free, f"{flag}: {args.resume} has {getattr(base, name)}; only {', '.join(FREE)} may change")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = 0 if name in MAY_BE_ZERO else 1e-99, 1 if name in ("gamma", "tau") else 1e99
+            require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
     stuck = args.dual == "log" and args.alpha_init == 0
     require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
-    close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)
-    known = f"unknown; did you mean {close[0]}? This script knows {', '.join(KNOWN_ENVS)}"
+    close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
+    known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
     require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
     return args
 
@@ -218,7 +216,7 @@ class ActionChunk(gym.Wrapper):
         total, steps = 0.0, 0
         for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
-            total, steps = total + float(reward), steps + 1
+            total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
             self.succeeded |= bool(info.get("success", truncated and not terminated))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
@@ -234,22 +232,22 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
 
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec, counters = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
-    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
-    if state:  # forward computes the body positions that some rewards read, but spoils the warm start: set it again
-        for finish in (mujoco.mj_forward, lambda model, data: None):
-            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
-            finish(mj.model, mj.data)
-        mj.np_random.bit_generator.state = json.loads(state["generator"])
-    mujoco.mj_getState(mj.model, mj.data, physics, spec)
+    mj, spec, wrappers = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
     while env is not mj:
         for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
-            if state:
-                setattr(env, name, state["counters"][name])
-            counters[name] = np.asarray(getattr(env, name)).item()
+            wrappers[name] = env
         env = env.env
-    generator = json.dumps(mj.np_random.bit_generator.state)
-    return {"physics": torch.from_numpy(physics), "counters": counters, "generator": generator}
+    if state:
+        for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
+            mujoco.mj_forward(mj.model, mj.data)
+            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
+        mj.np_random.bit_generator.state = json.loads(state["generator"])
+        for name, wrapper in wrappers.items():
+            setattr(wrapper, name, state[name])
+    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
+    mujoco.mj_getState(mj.model, mj.data, physics, spec)
+    counters = {name: np.asarray(getattr(wrapper, name)).item() for name, wrapper in wrappers.items()}
+    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **counters}
 
 
 # --- end shared: environment ---
@@ -268,10 +266,10 @@ class Decoder(nn.Module):
         t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
         self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
         cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
-        self.cond_mlp = nn.ModuleDict({"moduleList": nn.ModuleList(cond)})
         blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
         layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
-        self.mlp_mean = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.cond_mlp, self.mlp_mean = nn.ModuleDict(), nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.cond_mlp["moduleList"] = nn.ModuleList(cond)
 
     def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
         half = self.config["time_dim"] // 2
@@ -294,22 +292,21 @@ class Decoder(nn.Module):
 
     def freeze(self):
         """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
-        train, sample = self.config["train_steps"], self.config["sample_steps"]
-        times = np.arange(sample) * train / sample  # flow, from noise to action
-        if self.config["kind"] == "diffusion":
+        kind, train, sample = (self.config[key] for key in ("kind", "train_steps", "sample_steps"))
+        times = np.arange(sample) * train / sample  # flow: from noise to action
+        if kind == "diffusion":
             times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
             now = self.alpha_bar(train)[times]
             after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.schedule = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
-        self.requires_grad_(False).eval()
-        device = next(self.parameters()).device
-        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device).float())
+            self.schedule = np.stack([now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5], 1).tolist()
+        first = next(self.requires_grad_(False).parameters())
+        self.times = self.embed_time(torch.tensor(times.copy(), dtype=first.dtype, device=first.device))
         return self
 
     def forward(self, obs, noise):
         x = noise
         for i, time_emb in enumerate(self.times):
-            prediction = self.network(x, time_emb.expand(len(x), -1), obs)
+            prediction = self.network(x, time_emb.expand(x.shape[0], -1), obs)
             if self.config["kind"] == "flow":
                 x = x + prediction / len(self.times)
             else:
@@ -328,15 +325,19 @@ def load_decoder(args: Args):
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or Path(__file__).parent / committed)
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
-    file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or '(none)'}"
-    ours, ends = "format" in file, [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
+    file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
     try:
-        stats = file["normalization"] if ours else np.load(args.normalization, allow_pickle=False)
-        stats = {end: np.asarray(stats[end]) for end in ends}
+        stats = file["normalization"] if "format" in file else np.load(args.normalization, allow_pickle=False)
+        keys = [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
+        stats = {key: np.asarray(stats[key]).astype(np.float64, casting="same_kind") for key in keys}
     except Exception as error:
         require(False, f"{where}: {path} needs the normalization.npz that belongs to it ({type(error).__name__})")
     try:
-        config, weights = (file["config"], file["model"]) if ours else from_dppo(file, len(stats["action_min"]), args)
+        if "format" not in file:
+            file = from_dppo(file, len(stats["action_min"]), args)
+        config, weights, card = file["config"], file["model"], dict(file["card"])
+        allowed = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
+        range(1, allowed + 1).index(config["sample_steps"])  # else ValueError
         decoder = Decoder(config)
         decoder.load_state_dict(weights)
         decoder.freeze()
@@ -345,32 +346,30 @@ def load_decoder(args: Args):
         require(False, f"--backbone {path}: neither our decoder format nor DPPO's ({reason}); {advice}")
     require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
     with gym.make(args.env_id) as env:
-        shapes = {"obs": env.observation_space.shape, "action": env.action_space.shape}
-    for x, shape in shapes.items():
-        size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
-        require(
-            (size,) == shape,
-            f"--backbone {path}: {size} {x} coordinates, {args.env_id} has {shape}; give one that fits",
-        )
-        valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
-        require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
-    card = file.get("card", {}) | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
-    return decoder, stats, card
+        for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
+            size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
+            require(
+                (size,) == shape,
+                f"--backbone {path}: {size} {x} coordinates, {args.env_id} {shape}; give one that fits",
+            )
+            valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
+            require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
+    return decoder, stats, card | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 
-def from_dppo(file: dict, action_dim: int, args: Args):
-    """DPPO's checkpoint -> (config, weights). Sizes are read off the shapes; activation and schedule are not in it."""
+def from_dppo(file: dict, action_dim: int, args: Args) -> dict:
+    """DPPO's checkpoint in our format. Sizes are read off the shapes; activation and schedule are not in it."""
     weights = file["ema"] if "ema" in file else file["model"]
     weights = {key.removeprefix("network."): w for key, w in weights.items() if key.startswith("network.")}
-    biases = {key.removesuffix(".bias"): len(w) for key, w in weights.items() if key.endswith("bias")}
-    cond = [n for key, n in biases.items() if key.startswith("cond_mlp")]
-    depth = 1 + max(int(key.split(".")[2]) for key in biases if key.startswith("mlp_mean.layers"))
-    d, time_dim, width = biases[f"mlp_mean.layers.{depth - 1}"], biases["time_embedding.3"], biases["mlp_mean.layers.0"]
-    first = "cond_mlp.moduleList.0.linear_1" if cond else "mlp_mean.layers.0"
-    obs_dim = weights[f"{first}.weight"].shape[1] - (0 if cond else d + time_dim)
-    config = dict(kind="diffusion", obs_dim=obs_dim, action_dim=action_dim, chunk=d // action_dim, cond_hidden=cond)
-    config |= dict(hidden=[width] * (2 * depth - 3), time_dim=time_dim, activation=args.activation)
-    return config | dict(train_steps=20, sample_steps=5), weights  # as DPPO and DSRL on Gym
+    size = {key.removesuffix(".bias"): len(w) for key, w in weights.items() if key.endswith("bias")}
+    cond = [n for key, n in size.items() if key.startswith("cond_mlp")]
+    last = max(int(key.split(".")[2]) for key in size if key.startswith("mlp_mean.layers"))
+    d, time_dim, width = (size[key] for key in (f"mlp_mean.layers.{last}", "time_embedding.3", "mlp_mean.layers.0"))
+    inputs = weights["cond_mlp.moduleList.0.linear_1.weight" if cond else "mlp_mean.layers.0.weight"].shape[1]
+    config = dict(kind="diffusion", obs_dim=inputs if cond else inputs - d - time_dim, action_dim=action_dim)
+    config |= dict(chunk=d // action_dim, cond_hidden=cond, hidden=[width] * (2 * last - 1), time_dim=time_dim)
+    config |= dict(activation=args.activation, train_steps=20, sample_steps=5)  # steps: DPPO and DSRL on Gym
+    return {"config": config, "model": weights, "card": {}}
 
 
 def mlp(n_in: int, n_out: int, args: Args):
@@ -564,14 +563,12 @@ def write_csv(path: Path, rows: list) -> None:
 def plot_curves(path: Path, rows: list) -> None:
     from matplotlib.figure import Figure
 
-    keys = ["eval/episodic_return eval/frozen_return", "trust_region/violation trust_region/alpha"]
-    keys += ["entropy/action entropy/action_frozen", "losses/q_w_corr"]
-    figure = Figure((16, 3.5), layout="constrained")
-    for axis, names in zip(figure.subplots(1, len(keys)), keys):
-        for name, style in zip(names.split(), ("-", "--")):
-            points = [(row["global_step"], row[name]) for row in rows if name in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name)
-        axis.legend()
+    keys = ("eval/episodic_return", "trust_region/violation", "trust_region/alpha", "entropy/action", "losses/q_w_corr")
+    figure = Figure((18, 3.5), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys)), keys):
+        points = [(row["global_step"], row[key]) for row in rows if key in row]
+        axis.plot([step for step, _ in points], [value for _, value in points])
+        axis.set_title(key)
     save(path, lambda file: figure.savefig(file, format="png"))
 
 
