@@ -10,11 +10,11 @@ evaluate. So the numbers are those that the script itself would print, on episod
 
     python enjoy.py runs/Walker2d-v4__lpds_continuous__1__1700000000
     python enjoy.py runs/Walker2d-v4__lpds_continuous__1__1700000000 --video walk.mp4
-    python enjoy.py runs/Walker2d-v4__lpds_continuous__1__1700000000 --export policy.pt2 --episodes 0
+    python enjoy.py runs/Walker2d-v4__lpds_continuous__1__1700000000 --export policy.pt --episodes 0
 
 The exported program needs torch and nothing else, and takes float32 observations as the environment returns them:
 
-    policy = torch.export.load("policy.pt2").module()
+    policy = torch.export.load("policy.pt").module()
     chunk = policy(obs, torch.randn(len(obs), d))  # (B, obs_dim), (B, d) -> (B, Ta, A), actions to execute in turn
 """
 
@@ -57,7 +57,7 @@ class Args:
     video_episodes: int = 1
     """how many of them, one after the other"""
     export: str = ""
-    """FILE.pt2: the steered policy and its normalisation as one program that needs nothing but torch"""
+    """FILE.pt: the steered policy and its normalisation as one program that needs nothing but torch"""
 
 
 RUN_FILES = ("args.json", "backbone.pt", "checkpoint.pt", "best.pt", "metrics.csv", "eval.npz")
@@ -92,7 +92,8 @@ def parse_args() -> Args:
     check(args.episodes >= 0, f"--episodes {args.episodes}: must not be negative")
     idle = args.episodes == 0 and (args.video or args.json or not args.export)
     check(not idle, "--episodes 0: evaluates nothing, which only --export can do without; give at least 1")
-    check(args.export[-4:] in ("", ".pt2"), f"--export {args.export}: must end in .pt2, or torch does not load it")
+    suffix = Path(args.export).suffix
+    check(suffix in ("", ".pt", ".pt2"), f"--export {args.export}: must end in .pt or, as torch.export prefers, .pt2")
     if args.video:
         check(args.video.endswith(".mp4"), f"--video {args.video}: must end in .mp4, the only kind that is written")
         fits = 1 <= args.video_episodes <= args.episodes
@@ -293,15 +294,12 @@ def export(path: Path, script, agent, normalization: dict, env, metadata: dict) 
     """
     obs_dim, d, file, difference = metadata["obs_dim"], metadata["d"], io.BytesIO(), 0.0
     with blame(f"--export {path}: what {script.__file__} does is not one program of flat observations; leave it out"):
-        # len() of a tensor is a plain number, which would fix the batch size as well; its shape[0] is a symbol
-        script.len = lambda x: x.shape[0] if isinstance(x, torch.Tensor) else len(x)
         policy, batch = Policy(agent, normalization, env.unwrapped.action_space), {0: torch.export.Dim("batch", min=1)}
         example = (torch.zeros(2, obs_dim), torch.zeros(2, d))  # two rows: one row would count as a constant
         program = torch.export.export(policy, example, dynamic_shapes=(batch, batch), strict=False)
-        del script.len
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
         loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
-        low, high = (torch.as_tensor(normalization[k]) for k in ("obs_min", "obs_max"))
+        low, high = (torch.as_tensor(normalization[k]).float() for k in ("obs_min", "obs_max"))
         for n in (1, 7):
             generator = torch.Generator().manual_seed(n)
             share = 1.5 * torch.rand(n, obs_dim, generator=generator) - 0.25  # also outside the range of the data

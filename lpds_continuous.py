@@ -97,7 +97,7 @@ class Args:
     """normalization.npz of a DPPO / DSRL checkpoint; our decoders carry theirs"""
     activation: Literal["relu", "mish"] = "relu"
     """activation of a DPPO / DSRL checkpoint: relu on Gym, mish on robomimic; the file does not say"""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 100_000
     """length of the run, prior roll-outs included"""
     num_envs: int = 4
     """environments stepped together"""
@@ -706,8 +706,8 @@ if __name__ == "__main__":
         # (4) Train: utd x [Q^A, Delta and alpha], then distill_steps x Q^W, in DSRL's order
         if step < args.prior_steps <= loop["global_step"] and args.reward_scale == "auto":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
-            # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 5.
-            agent.reward_scale.fill_(5 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+            # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
+            agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
         if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
             for _ in range(args.utd):
                 batch = replay.sample(args.batch_size)
