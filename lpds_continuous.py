@@ -335,7 +335,7 @@ def load_decoder(args: Args):
     try:
         if "format" not in file:
             file = from_dppo(file, len(stats["action_min"]), args)
-        config, weights, card = file["config"], file["model"], dict(file["card"])
+        config, weights, card = file["config"], file["model"], dict(file.get("card", {}))
         allowed = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
         range(1, allowed + 1).index(config["sample_steps"])  # else ValueError
         decoder = Decoder(config)

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "gymnasium[mujoco]>=1.2", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66",
+#   "torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66",
 #   "h5py>=3.10", "minari[hdf5]>=0.5.3",
 # ]
 # ///
@@ -153,7 +153,7 @@ class ActionChunk(gym.Wrapper):
         total, steps = 0.0, 0
         for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
-            total, steps = total + float(reward), steps + 1
+            total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
             self.succeeded |= bool(info.get("success", truncated and not terminated))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
@@ -169,22 +169,22 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
 
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec, counters = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
-    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
-    if state:  # forward computes the body positions that some rewards read, but spoils the warm start: set it again
-        for finish in (mujoco.mj_forward, lambda model, data: None):
-            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
-            finish(mj.model, mj.data)
-        mj.np_random.bit_generator.state = json.loads(state["generator"])
-    mujoco.mj_getState(mj.model, mj.data, physics, spec)
+    mj, spec, wrappers = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
     while env is not mj:
         for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
-            if state:
-                setattr(env, name, state["counters"][name])
-            counters[name] = np.asarray(getattr(env, name)).item()
+            wrappers[name] = env
         env = env.env
-    generator = json.dumps(mj.np_random.bit_generator.state)
-    return {"physics": torch.from_numpy(physics), "counters": counters, "generator": generator}
+    if state:
+        for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
+            mujoco.mj_forward(mj.model, mj.data)
+            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
+        mj.np_random.bit_generator.state = json.loads(state["generator"])
+        for name, wrapper in wrappers.items():
+            setattr(wrapper, name, state[name])
+    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
+    mujoco.mj_getState(mj.model, mj.data, physics, spec)
+    counters = {name: np.asarray(getattr(wrapper, name)).item() for name, wrapper in wrappers.items()}
+    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **counters}
 
 
 # --- end shared: environment ---
@@ -203,10 +203,10 @@ class Decoder(nn.Module):
         t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
         self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
         cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
-        self.cond_mlp = nn.ModuleDict({"moduleList": nn.ModuleList(cond)})
         blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
         layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
-        self.mlp_mean = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.cond_mlp, self.mlp_mean = nn.ModuleDict(), nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.cond_mlp["moduleList"] = nn.ModuleList(cond)
 
     def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
         half = self.config["time_dim"] // 2
@@ -229,22 +229,21 @@ class Decoder(nn.Module):
 
     def freeze(self):
         """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
-        train, sample = self.config["train_steps"], self.config["sample_steps"]
-        times = np.arange(sample) * train / sample  # flow, from noise to action
-        if self.config["kind"] == "diffusion":
+        kind, train, sample = (self.config[key] for key in ("kind", "train_steps", "sample_steps"))
+        times = np.arange(sample) * train / sample  # flow: from noise to action
+        if kind == "diffusion":
             times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
             now = self.alpha_bar(train)[times]
             after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.schedule = list(zip(now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5))
-        self.requires_grad_(False).eval()
-        device = next(self.parameters()).device
-        self.times = self.embed_time(torch.as_tensor(times.copy(), device=device).float())
+            self.schedule = np.stack([now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5], 1).tolist()
+        first = next(self.requires_grad_(False).parameters())
+        self.times = self.embed_time(torch.tensor(times.copy(), dtype=first.dtype, device=first.device))
         return self
 
     def forward(self, obs, noise):
         x = noise
         for i, time_emb in enumerate(self.times):
-            prediction = self.network(x, time_emb.expand(len(x), -1), obs)
+            prediction = self.network(x, time_emb.expand(x.shape[0], -1), obs)
             if self.config["kind"] == "flow":
                 x = x + prediction / len(self.times)
             else:

@@ -3,112 +3,78 @@
     python benchmark/speed.py --json benchmark/results/speed.json
     python benchmark/speed.py --table benchmark/results/speed.json
 
-One train call (20 updates of Q^A and Delta, 10 of Q^W) is timed at the sizes of Walker2d. Only ratios inside one run mean
-something: the variants take turns, `repeats` times, on one thread, and what is timed is the processor time of this
-process, so that a busy machine disturbs little. Before anything is timed, both versions must lose the same losses.
+One train call (20 updates of Q^A and Delta, 10 of Q^W) at the sizes of Walker2d. Only ratios inside one run mean much:
+the variants take turns on one thread, by the processor time of this process, which a busy machine disturbs less.
 """
 
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import process_time as clock
 
+import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPT = Path(__file__).resolve().parents[1] / "lpds_continuous.py"
-sys.path.insert(0, str(SCRIPT.parent))  # it imports entropy
-SPEC = importlib.util.spec_from_file_location("lpds_continuous", SCRIPT)
-lpds = sys.modules["lpds_continuous"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(lpds)
-ENV, CHUNK, TOLERANCE = "Walker2d-v4", 4, 1e-4
+sys.path.insert(0, str(SCRIPT.parent))
+import lpds_continuous as lpds  # noqa: E402
+
+ENV, OBS, ACTION, CHUNK, TOLERANCE = "Walker2d-v4", 17, 6, 4, 1e-4
 
 
 @dataclass
 class Args:
-    widths: list[int] = field(default_factory=lambda: [128, 256, 512])
-    """hidden_size of critics and Delta"""
-    decoder_width: int = 256
-    """width of the decoder, which has random weights: they do not matter here"""
-    batch_size: int = 256
-    """action chunks per gradient step"""
-    repeats: int = 9
-    """turns that each variant takes"""
-    json: str = ""
-    """file for the results"""
-    table: str = ""
-    """print the table of this file and measure nothing"""
-    script: str = ""
-    """decoder file: also run the real script for some thousand steps at each width and report its charts/SPS"""
-
-
-def fail(message: str):
-    raise SystemExit(f"speed.py: error: {message}")
+    widths: tuple[int, ...] = (128, 256, 512)  # hidden_size of critics and Delta
+    decoder_width: int = 256  # width of the decoder; its weights are random
+    batch_size: int = 256  # action chunks per gradient step
+    repeats: int = 9  # turns of each variant, of which the fastest counts
+    json: str = ""  # file for the results
+    table: str = ""  # print the results in this file as markdown and measure nothing
+    script: str = ""  # decoder file: also run the real script for 4,000 steps at each width and report its charts/SPS
 
 
 class Naive:
-    """The same train call as published code has it: DPPO's sampler, twin modules in loops, plain Adam, host replay.
-
-    It draws random numbers in the script's order, so that its numbers can be compared. What it leaves undone (noise of
-    standard deviation 0, DPPO's fine-tuned copy of the network) would only make it slower.
-    """
+    """The train call as published code has it, with the random numbers of the script so that losses compare."""
 
     def __init__(self, agent, replay, args):
-        self.args, self.decoder = args, agent.decoder
-        self.alpha, self.reward_scale = float(agent.alpha), float(agent.reward_scale)
+        self.args, self.decoder, self.alpha, self.scale = args, agent.decoder, agent.alpha.item(), agent.reward_scale
         self.delta = copy.deepcopy(agent.perturbation)
         twins = agent.q_a, agent.q_a_target, agent.q_w
         self.q_a, self.q_a_target, self.q_w = ([copy.deepcopy(member) for member in twin] for twin in twins)
-        adam = lambda net: torch.optim.Adam(net.parameters(), lr=args.lr, foreach=False, fused=False)  # noqa: E731
-        self.optimizers = {net: adam(net) for net in (*self.q_a, *self.q_w, self.delta)}
+        adam = partial(torch.optim.Adam, lr=args.lr, foreach=False, fused=False)
+        self.optimizers = {net: adam(net.parameters()) for net in (*self.q_a, *self.q_w, self.delta)}
         self.replay = {name: column[: replay.size].numpy().copy() for name, column in replay.data.items()}
         train, sample = self.decoder.config["train_steps"], self.decoder.config["sample_steps"]
         self.timesteps = torch.arange(sample).flip(0) * (train // sample)
-        self.alphas = torch.as_tensor(self.decoder.alpha_bar(train), dtype=torch.float32)[self.timesteps]
-        self.alphas_prev = torch.cat([self.alphas[1:], torch.ones(1)])
-        self.sqrt_one_minus_alphas = (1 - self.alphas).sqrt()
-
-    @staticmethod
-    def extract(table, index, shape):
-        return table.gather(-1, index).reshape(len(index), *[1] * (len(shape) - 1))
-
-    def network(self, x, t, obs):
-        half = self.decoder.config["time_dim"] // 2
-        angle = t[:, None].float() * torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1)))
-        emb = self.decoder.time_embedding(torch.cat([angle.sin(), angle.cos()], -1))
-        first, *blocks, head = self.decoder.mlp_mean["layers"]
-        h = first(torch.cat([x, emb, obs], -1))
-        for block in blocks:
-            h = h + block["l2"](F.relu(block["l1"](F.relu(h))))
-        return head(h)
+        alphas = torch.as_tensor(self.decoder.alpha_bar(train), dtype=torch.float32)[self.timesteps]
+        self.tables = alphas, torch.cat([alphas[1:], torch.ones(1)]), (1 - alphas).sqrt()
 
     @torch.no_grad()
     def decode(self, obs, x):
         for i, timestep in enumerate(self.timesteps):
-            t = torch.full((len(x),), timestep.item(), dtype=torch.long)  # make_timesteps
-            index = torch.full((len(x),), i, dtype=torch.long)
-            noise = self.network(x, t, obs)
-            if len(torch.where(index >= len(self.timesteps))[0]):  # rows for the fine-tuned network: none in an actor
-                fail("unreachable")
-            alpha, alpha_prev = (self.extract(table, index, x.shape) for table in (self.alphas, self.alphas_prev))
-            sqrt_one_minus_alpha = self.extract(self.sqrt_one_minus_alphas, index, x.shape)
-            clean = ((x - sqrt_one_minus_alpha * noise) / alpha**0.5).clamp(-1, 1)
-            noise = (x - alpha**0.5 * clean) / sqrt_one_minus_alpha
-            sigma = 0.0 * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).clamp(min=0) ** 0.5
+            t, index = (torch.full((len(x),), number) for number in (timestep.item(), i))  # make_timesteps
+            noise = self.decoder.network(x, self.decoder.embed_time(t), obs)
+            assert not len(torch.where(index >= len(self.timesteps))[0])  # rows for a fine-tuned network: none
+            alpha, alpha_prev, sqrt_one_minus = (table.gather(-1, index).reshape(-1, 1) for table in self.tables)
+            clean = ((x - sqrt_one_minus * noise) / alpha**0.5).clamp(-1, 1)
+            noise = (x - alpha**0.5 * clean) / sqrt_one_minus
+            sigma = 0.0 * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).clamp(min=0) ** 0.5  # eta = 0
             x = alpha_prev**0.5 * clean + (1 - alpha_prev - sigma**2).clamp(min=0).sqrt() * noise
         return x.clamp(-1, 1)
 
@@ -116,15 +82,19 @@ class Naive:
         index = (torch.rand(n) * len(self.replay["reward"])).long().numpy()
         return {name: torch.as_tensor(column[index]) for name, column in self.replay.items()}
 
+    @staticmethod
+    def values(nets, obs, x) -> list:
+        return [net(torch.cat([obs, x], -1)).squeeze(-1) for net in nets]
+
+    def step(self, net, loss) -> float:
+        self.optimizers[net].zero_grad()
+        loss.backward()
+        self.optimizers[net].step()
+        return loss.item()
+
     def regress(self, nets, obs, x, targets) -> float:
-        total = 0.0
-        for net, target in zip(nets, targets):
-            loss = 0.5 * F.mse_loss(net(torch.cat([obs, x], -1)).squeeze(-1), target)
-            self.optimizers[net].zero_grad()
-            loss.backward()
-            self.optimizers[net].step()
-            total += loss.item()
-        return total
+        losses = [0.5 * F.mse_loss(value, target) for value, target in zip(self.values(nets, obs, x), targets)]
+        return sum(self.step(net, loss) for net, loss in zip(nets, losses))
 
     def train_call(self) -> list:
         args, losses = self.args, []
@@ -133,147 +103,157 @@ class Naive:
             obs, next_obs, action = batch["obs"], batch["next_obs"], batch["action"]
             with torch.no_grad():
                 next_action = self.decode(next_obs, torch.randn_like(action) + self.delta(next_obs))
-                values = [net(torch.cat([next_obs, next_action], -1)).squeeze(-1) for net in self.q_a_target]
-                next_value = (1 - batch["terminated"]) * torch.min(*values)
-                target = self.reward_scale * batch["reward"] + args.gamma * next_value
-            losses.append(self.regress(self.q_a, obs, action, [target, target]))
+                next_value = torch.min(*self.values(self.q_a_target, next_obs, next_action))
+                target = self.scale * batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
+            losses += [self.regress(self.q_a, obs, action, [target, target])]
             for net, slow in zip(self.q_a, self.q_a_target):
-                for parameter, slow_parameter in zip(net.parameters(), slow.parameters()):
-                    slow_parameter.data.copy_(args.tau * parameter.data + (1 - args.tau) * slow_parameter.data)
-            noise = torch.randn_like(action)
-            delta = self.delta(obs)
-            values = [net(torch.cat([obs, noise + delta], -1)).squeeze(-1) for net in self.q_w]
+                for parameter, average in zip(net.parameters(), slow.parameters()):
+                    average.data.copy_(args.tau * parameter.data + (1 - args.tau) * average.data)
+            noise, delta = torch.randn_like(action), self.delta(obs)
             sq_norm = delta.square().sum(1).mean() / (1 if args.delta_norm == "sum" else delta.shape[1])
-            loss = self.alpha * (sq_norm - args.delta) - torch.min(*values).mean()
-            self.optimizers[self.delta].zero_grad()
-            loss.backward()  # also fills gradients of Q^W that nobody reads
-            self.optimizers[self.delta].step()
+            value = torch.min(*self.values(self.q_w, obs, noise + delta)).mean()
+            losses += [self.step(self.delta, self.alpha * (sq_norm - args.delta) - value)]  # gradients of Q^W too
             self.alpha *= math.exp(args.alpha_lr * min(max(sq_norm.item() / args.delta - 1, -1), 5))
-            losses += [loss.item(), self.alpha]
-        everything = self.sample(args.batch_size * args.distill_steps)
-        draws = torch.randn_like(everything["action"]).split(args.batch_size)
-        for obs, noise in zip(everything["obs"].split(args.batch_size), draws):
-            action = self.decode(obs, noise)
+            losses += [self.alpha]
+        batch = self.sample(args.batch_size * args.distill_steps)
+        both = batch["obs"], torch.randn_like(batch["action"])
+        for obs, noise in zip(*(x.split(args.batch_size) for x in both)):
             with torch.no_grad():
-                targets = [net(torch.cat([obs, action], -1)).squeeze(-1) for net in self.q_a]
+                targets = self.values(self.q_a, obs, self.decode(obs, noise))
             loss = self.regress(self.q_w, obs, noise, targets)
         return [*losses, loss]
 
 
+def timed(function, *inputs):
+    before = clock()
+    result = function(*inputs)
+    return result, 1e3 * (clock() - before)
+
+
 class Ours:
-    """The train call of the script's main loop on its own functions, with a stopwatch on each."""
+    """The train call of the script's main loop on the script's own functions, with a stopwatch on each."""
 
     def __init__(self, agent, replay, args):
         self.agent, self.replay, self.args, self.parts, started = agent, replay, args, Counter(), []
         agent.decoder.register_forward_pre_hook(lambda *_: started.append(clock()))
-        agent.decoder.register_forward_hook(lambda *_: self.parts.update(decode=clock() - started.pop()))
+        agent.decoder.register_forward_hook(lambda *_: self.parts.update(decode=1e3 * (clock() - started.pop())))
 
-    def timed(self, name: str, function, *inputs):
-        before, decode = clock(), self.parts["decode"]
-        result = function(*inputs)
-        self.parts[name] += clock() - before - (self.parts["decode"] - decode)  # what it decodes counts as decode
+    def part(self, name: str, function, *inputs):
+        decode = self.parts["decode"]
+        result, ms = timed(function, *inputs)
+        self.parts[name] += ms - (self.parts["decode"] - decode)  # decoding is a part of its own
         return result
 
     def train_call(self) -> list:
-        agent, args, infos = self.agent, self.args, []
+        agent, args, losses = self.agent, self.args, []
+        self.parts.clear()
         for _ in range(args.utd):
-            batch = self.timed("replay", self.replay.sample, args.batch_size)
-            infos.append(self.timed("q_a", lpds.update_action_critic, agent, batch, args))
-            infos[-1] |= self.timed("perturbation", lpds.update_perturbation, agent, batch, args)
-        batch = self.timed("replay", self.replay.sample, args.batch_size * args.distill_steps)
-        last = self.timed("q_w", lpds.update_latent_critic, agent, batch, args)
-        names = "losses/q_a", "losses/perturbation", "trust_region/alpha"
-        return [*(info[name] for info in infos for name in names), last["losses/q_w"]]
+            batch = self.part("replay", self.replay.sample, args.batch_size)
+            info = self.part("Q^A", lpds.update_action_critic, agent, batch, args)
+            info |= self.part("Delta", lpds.update_perturbation, agent, batch, args)
+            losses += [info[name] for name in ("losses/q_a", "losses/perturbation", "trust_region/alpha")]
+        batch = self.part("replay", self.replay.sample, args.batch_size * args.distill_steps)
+        return [*losses, self.part("Q^W", lpds.update_latent_critic, agent, batch, args)["losses/q_w"]]
 
 
-def matmuls(args, config: dict) -> Counter:
-    """{(kind, B, n, m): how often} of every layer n -> m that a train call takes forward (y), backward to its weights
-    (w) and to its input (x); written down from Algorithm 1, not from the code."""
-    d, h, obs, count = config["chunk"] * config["action_dim"], config["hidden"][0], config["obs_dim"], Counter()
-    inner = [(h, h)] * (len(config["hidden"]) - 1)
-    decoder = [(d + config["time_dim"] + obs, h), *inner, (h, d)] * config["sample_steps"]
-    net = lambda *sizes: list(zip(sizes, sizes[1:]))  # noqa: E731
-    critics = net(obs + d, *[args.hidden_size] * args.num_layers, 1) * 2
-    delta = net(obs, *[args.hidden_size] * args.num_layers, d)
+class Matmuls(TorchDispatchMode):
+    """Counts the matrix products that run inside, by the sizes and strides of their factors."""
 
-    def add(kinds: str, layers, batch: int, times: int, first=True):
-        for kind in kinds:
-            for n, m in layers:
-                if kind != "x" or first or (n, m) not in (critics[0], delta[0]):
-                    count[kind, batch, n, m] += times
+    def __enter__(self):
+        self.count = Counter()
+        return super().__enter__()
 
-    add("y", [*delta, *decoder, *critics, *critics], args.batch_size, args.utd)  # the TD target, Q^A
-    add("wx", critics, args.batch_size, args.utd, first=False)
-    add("y", [*delta, *critics], args.batch_size, args.utd)  # Delta: through Q^W to its input
-    add("x", critics, args.batch_size, args.utd)
-    add("wx", delta, args.batch_size, args.utd, first=False)
-    add("y", [*decoder, *critics], args.batch_size * args.distill_steps, 1)  # Q^W: all targets at once
-    add("ywx", critics, args.batch_size, args.distill_steps, first=False)
-    return count
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            self.count[tuple((x.shape, x.stride()) for x in args[-2:])] += 1
+        return op(*args, **(kwargs or {}))
+
+    def floor(self) -> float:
+        """Milliseconds of all of them, each repeated alone, in operands that stay where they are."""
+
+        def alone(left, right):
+            out, loops = torch.matmul(left, right), 1 + 50_000_000 // (left.numel() * right.shape[-1])
+            return timed(lambda: [torch.matmul(left, right, out=out) for _ in range(loops)])[1] / loops
+
+        return sum(n * alone(*(torch.empty_strided(*x).normal_() for x in pair)) for pair, n in self.count.items())
 
 
-class Floor:
-    """The time of every matmul of the train call, alone, in operands that stay where they are."""
-
-    def __init__(self, count: Counter):
-        self.jobs, self.gflop = [], sum(2e-9 * b * n * m * times for (_, b, n, m), times in count.items())
-        for (kind, b, n, m), times in count.items():
-            x, w, y = torch.randn(b, n), torch.randn(m, n), torch.randn(b, m)
-            left, right, out = {"y": (x, w.t(), y), "w": (y.t(), x, w), "x": (y, w, x)}[kind]
-            self.jobs.append((times, max(1, int(1e8 / (b * n * m))), left, right, torch.empty_like(out)))
-
-    def run(self) -> float:
-        total = 0.0
-        for times, loops, left, right, out in self.jobs:
-            torch.mm(left, right, out=out)
-            before = clock()
-            for _ in range(loops):
-                torch.mm(left, right, out=out)
-            total += times * (clock() - before) / loops
-        return total
+def vector_step(agent, turns: int) -> dict:
+    """The rest of the loop: acting and stepping the environments once, resets included, without steering."""
+    ends = {"obs_min": -10, "obs_max": 10, "action_min": -1, "action_max": 1}
+    stats = {end: np.full(OBS if "obs" in end else ACTION, value) for end, value in ends.items()}
+    makes, mode = [partial(lpds.make_env, ENV, CHUNK, stats)] * agent.args.num_envs, gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv(makes, autoreset_mode=mode)
+    obs, steps, before = envs.reset(seed=0)[0], 0, clock()
+    for _ in range(turns):
+        noise = torch.randn(len(obs), agent.decoder.dim)
+        obs, _, _, _, infos = envs.step(agent.act(torch.as_tensor(obs), noise).numpy())
+        steps += int(np.sum(infos.get("steps", 0)) + np.sum(infos.get("final_info", {}).get("steps", 0)))
+    return {"vector step": 1e3 * (clock() - before) / turns, "steps per vector step": steps / turns}
 
 
-def make_decoder(width: int):
-    config = dict(kind="diffusion", obs_dim=17, action_dim=6, chunk=CHUNK, cond_hidden=[], hidden=[width] * 3)
-    return lpds.Decoder(config | dict(time_dim=16, activation="relu", train_steps=20, sample_steps=5)).freeze()
+def run_script(backbone: str, width: int) -> float:
+    """charts/SPS of the real script, on the clock on the wall: the last 2,000 of 4,000 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--env-id {ENV} --hidden-size {width} --device cpu --total-timesteps 4000 --prior-steps 1000"
+        flags += f" --warmup-steps 0 --eval-episodes 1 --no-progress --run-dir {folder} --backbone"
+        subprocess.run([sys.executable, SCRIPT, *flags.split(), backbone], check=True, stdout=subprocess.DEVNULL)
+        header, *_, last = (line.split(",") for line in next(Path(folder).glob("*/metrics.csv")).open())
+        return float(last[header.index("charts/SPS")])
 
 
 def measure(width: int, a: Args) -> dict:
-    """One row of the table: milliseconds of processor time, the least of the repeats; ratios of those."""
+    """A row of the table; times in milliseconds."""
     torch.manual_seed(0)
-    args, decoder = lpds.Args(hidden_size=width, batch_size=a.batch_size), make_decoder(a.decoder_width)
-    agent, size = lpds.Agent(args, decoder), 20_000
-    replay = lpds.Replay(size, 17, decoder.dim, torch.device("cpu"))
-    rows = dict(obs=torch.randn(size, 17), next_obs=torch.randn(size, 17), reward=torch.rand(size))
+    config = dict(kind="diffusion", obs_dim=OBS, action_dim=ACTION, chunk=CHUNK, cond_hidden=[], time_dim=16)
+    config |= dict(hidden=[a.decoder_width] * 3, activation="relu", train_steps=20, sample_steps=5)
+    args, decoder, size = lpds.Args(hidden_size=width, batch_size=a.batch_size), lpds.Decoder(config).freeze(), 20_000
+    agent, replay = lpds.Agent(args, decoder), lpds.Replay(size, OBS, decoder.dim, torch.device("cpu"))
+    rows = dict(obs=torch.randn(size, OBS), next_obs=torch.randn(size, OBS), reward=torch.rand(size))
     replay.add(**rows, action=torch.rand(size, decoder.dim) * 2 - 1, terminated=(torch.rand(size) < 0.05).float())
-    naive, ours, floor = Naive(agent, replay, args), Ours(agent, replay, args), Floor(matmuls(args, decoder.config))
-
-    losses = []
-    for version in (ours, naive):  # the first call of both: same state, same noise, hence the same losses
+    row = {"width": width} | vector_step(agent, 10 * a.repeats)
+    naive, ours, losses = Naive(agent, replay, args), Ours(agent, replay, args), []
+    for version in (ours, naive):  # same state, same noise: same losses, or these are two algorithms
         torch.manual_seed(1)
         losses.append(torch.tensor([float(loss) for loss in version.train_call()]))
-    gap = ((losses[0] - losses[1]).abs() / losses[1].abs().clamp(min=1)).max().item()
+    row["losses differ by"] = gap = ((losses[0] - losses[1]).abs() / losses[1].abs().clamp(min=1)).max().item()
     if not gap <= TOLERANCE:
-        fail(f"width {width}: the losses of the two versions differ by {gap:.2g}; nothing was timed")
-    with FlopCounterMode(display=False) as counter:
+        sys.exit(f"speed.py: error: width {width}: the losses of the two versions differ by {gap:.2g}; nothing timed")
+    with FlopCounterMode(display=False) as counter, Matmuls() as matmuls:
         ours.train_call()
-    counted = counter.get_total_flops() / 1e9
-    if not abs(counted / floor.gflop - 1) <= 0.05:
-        fail(f"width {width}: {counted:.3f} GFLOP counted, {floor.gflop:.3f} expected of Algorithm 1")
-
-    times, parts = {"ours": [], "naive": [], "floor": []}, []
+    turns = []
     for _ in range(a.repeats):
-        for name, version in (("ours", ours), ("naive", naive)):
-            ours.parts.clear()
-            before = clock()
-            version.train_call()
-            times[name].append(1e3 * (clock() - before))
-            if name == "ours":
-                parts.append({name: 1e3 * seconds for name, seconds in ours.parts.items()})
-        times["floor"].append(1e3 * floor.run())
-    least = {name: min(values) for name, values in times.items()}
-    row = {"width": width, "loss_gap": gap, "gflop": floor.gflop, "gflop_counted": counted, "all_ms": times}
-    row |= {f"{name}_ms": value for name, value in least.items()} | {"parts_ms": parts[np.argmin(times["ours"])]}
-    row |= {"naive_over_ours": least["naive"] / least["ours"], "ours_over_floor": least["ours"] / least["floor"]}
-    paired = {"ours_over_floor": ("ours", "floor"), "naive_over_ours": ("naive", "ours")}
-    return row | {f"{k}_median": float(np.median(np.divide(times[x], times[y]))) for k, (x, y) in paired.items()}
+        turn = {"ours": timed(ours.train_call)[1], **ours.parts}
+        turns.append(turn | {"naive": timed(naive.train_call)[1], "floor": matmuls.floor()})
+    row |= min(turns, key=lambda turn: turn["ours"])  # the parts belong to this call
+    row |= {name: min(turn[name] for turn in turns) for name in ("naive", "floor")} | {
+        "GFLOP": counter.get_total_flops() / 1e9
+    }
+    row |= {"naive / ours": row["naive"] / row["ours"], "ours / floor": row["ours"] / row["floor"]}
+    n = args.train_freq
+    row["steps/s"] = 1e3 * n * row["steps per vector step"] / (n * row["vector step"] + row["ours"])
+    return row | ({"script steps/s": run_script(a.script, width)} if a.script else {}) | {"turns": turns}
+
+
+def table(results: dict) -> str:
+    hidden = "turns", "losses differ by", "steps per vector step"
+    names = [name for name in results["rows"][0] if name not in hidden]
+    lines = [names, ["---"] * len(names), *([f"{row[name]:.4g}" for name in names] for row in results["rows"])]
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMilliseconds of processor time. {machine}."
+
+
+if __name__ == "__main__":
+    a = tyro.cli(Args, description=__doc__)
+    if a.table:
+        sys.exit(print(table(json.loads(Path(a.table).read_text()))))
+    torch.set_num_threads(1)  # as the script does
+    info, load = Path("/proc/cpuinfo"), lambda: f"{os.getloadavg()[0]:.1f}"
+    cpu = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.machine()]
+    machine = {"CPU": cpu[0], "cores": os.cpu_count(), "torch": torch.__version__, "load at start": load()}
+    machine |= {"script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12], "decoder width": a.decoder_width}
+    results = {"machine": machine, "rows": [measure(width, a) for width in a.widths]}
+    machine |= {"load at end": load(), "repeats": a.repeats}
+    print(table(results))
+    if a.json:
+        Path(a.json).write_text(json.dumps(results, indent=1) + "\n")

@@ -428,21 +428,6 @@ def test_our_format_loads_to_the_same_numbers(tmp_path, kind):
 # --- refusals: exit code 2, one sentence that names flag and file, nothing executed ---
 
 
-# What load_decoder lets through at the moment. Delete this paragraph with it: strict means that a pass fails the suite
-LET_THROUGH = (
-    "part_is_refused[number-card]", "refused[diffusion-kind-", "refused[flow-kind-", "[diffusion-train_steps-4]",
-    "[diffusion-sample_steps--5]", "[diffusion-sample_steps-21]", "[flow-sample_steps-0]", "[flow-sample_steps--5]",
-    "[flow-sample_steps-2.5]", "::test_bad_normalization_is_refused[text]",
-    "::test_bad_normalization_is_refused[complex]", "test_own_format_with_bad_normalization",
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def let_through(request):
-    if any(part in request.node.nodeid for part in LET_THROUGH):
-        request.applymarker(pytest.mark.xfail(reason="load_decoder lets it through", strict=True))
-
-
 def refused(capsys, args, flag, path):
     with pytest.raises(SystemExit) as stop:
         lpds.load_decoder(args)
