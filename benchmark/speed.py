@@ -160,22 +160,23 @@ class Matmuls(TorchDispatchMode):
     """Counts the matrix products that run inside, by the sizes and strides of their factors."""
 
     def __enter__(self):
-        self.count = Counter()
+        self.count, self.factors = Counter(), {}
         return super().__enter__()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
-            self.count[tuple((x.shape, x.stride()) for x in args[-2:])] += 1
+            sizes = tuple((x.shape, x.stride()) for x in args[-2:])
+            self.count[sizes], self.factors[sizes] = self.count[sizes] + 1, [x.detach().clone() for x in args[-2:]]
         return op(*args, **(kwargs or {}))
 
     def floor(self) -> float:
         """Milliseconds of all of them, each repeated alone, in operands that stay where they are."""
 
         def alone(left, right):
-            out, loops = torch.matmul(left, right), 1 + 50_000_000 // (left.numel() * right.shape[-1])
+            out, loops = torch.matmul(left, right), 1 + 50_000_000 // max(left.numel() * right.shape[-1], 50_000)
             return timed(lambda: [torch.matmul(left, right, out=out) for _ in range(loops)])[1] / loops
 
-        return sum(n * alone(*(torch.empty_strided(*x).normal_() for x in pair)) for pair, n in self.count.items())
+        return sum(self.count[sizes] * alone(*factors) for sizes, factors in self.factors.items())
 
 
 def vector_step(agent, turns: int) -> dict:

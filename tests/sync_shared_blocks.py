@@ -1,13 +1,15 @@
 """Copies every shared block out of lpds_continuous.py into the files that have a block of the same name.
 
-    python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
+python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
 """
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"^# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^# --- end shared: (?P=name) ---\n", re.M | re.S)
+BLOCK = re.compile(
+    r"^# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^# --- end shared: (?P=name) ---\n", re.M | re.S
+)
 
 
 def scripts() -> list[Path]:
