@@ -23,7 +23,7 @@ PARTS = ("replay", "decode", "Q^A", "Delta", "Q^W")
 
 def run(*flags):
     command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def algorithm_gflop(args, decoder_width: int) -> float:
