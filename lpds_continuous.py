@@ -162,11 +162,19 @@ def parse_args(argv=None) -> Args:
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = 0 if name in MAY_BE_ZERO else 1e-99, 1 if name in ("gamma", "tau") else 1e99
             require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
+    shrunk = args.resume and args.total_timesteps < base.total_timesteps
+    require(
+        not shrunk, f"--total-timesteps {args.total_timesteps}: {args.resume} has {base.total_timesteps}; only more"
+    )
     stuck = args.dual == "log" and args.alpha_init == 0
     require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
     close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
     known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
     require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
+    try:
+        gym.make(args.env_id).close()
+    except Exception as error:
+        require(False, f"--env-id {args.env_id}: Gymnasium cannot make it ({error})")
     return args
 
 
@@ -575,14 +583,17 @@ def plot_curves(path: Path, rows: list) -> None:
 def load_checkpoint(run: Path, agent, replay) -> dict:
     """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
     state = read_tensors(run / "checkpoint.pt", "--resume")
-    agent.load_state_dict(state["agent"])
-    for name, optimizer in agent.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    replay.add(**state["replay"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["loop"]
+    try:
+        agent.load_state_dict(state["agent"])
+        for name, optimizer in agent.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        replay.add(**state["replay"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
+        return state["loop"]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        require(False, f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run ({type(error).__name__})")
 
 
 # --- end shared: run folder ---
@@ -592,7 +603,13 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
+        torch.zeros(1, device=device)
+    except Exception as error:
+        require(False, f"--device {args.device}: not usable ({str(error).splitlines()[0]}); give auto, cpu or cuda")
 
     # Decoder, environments, networks
     decoder, normalization, card = load_decoder(args)
@@ -613,11 +630,14 @@ if __name__ == "__main__":
         for env, state in zip(envs.envs, loop["envs"]):
             env_state(env, state)
     else:
-        run.mkdir(parents=True)
-        save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args), indent=1)))
+        try:
+            run.mkdir(parents=True)
+        except OSError as error:
+            require(False, f"--run-dir {args.run_dir}: {error}")
         copy = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
         copy |= {"card": card, "normalization": {name: torch.as_tensor(value) for name, value in normalization.items()}}
         save(run / "backbone.pt", partial(torch.save, copy))
+    save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args) | {"resume": ""}, indent=1)))
     tracker = None
     if args.track:
         try:
@@ -628,6 +648,8 @@ if __name__ == "__main__":
             print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
 
     def checkpoint():
+        good = all(bool(p.isfinite().all()) for p in agent.parameters())
+        require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
         loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
         state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
         state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
@@ -656,7 +678,8 @@ if __name__ == "__main__":
                 names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
                 row |= dict(zip(names, np.mean(loop["episodes"] or [[]], 0)))
                 row |= {"charts/SPS": (step - mark[0]) / (time.time() - mark[1]), "trust_region/delta": args.delta}
-                row |= probe(agent, replay.sample(64)["obs"], step)
+                index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
+                row |= probe(agent, replay.data["obs"][index], step)
             if due[1]:
                 result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
                 loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
@@ -668,9 +691,13 @@ if __name__ == "__main__":
             bad = [key for key, value in row.items() if not math.isfinite(value)]
             require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
             loop["rows"].append(row)
+            loop["episodes"] = []
             write_csv(run / "metrics.csv", loop["rows"])
             if tracker:
-                tracker.log(row, step=step)
+                try:
+                    tracker.log(row, step=step)
+                except Exception as error:
+                    tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
             if due[1]:
                 arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
                 save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
@@ -680,7 +707,7 @@ if __name__ == "__main__":
                 used = f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}  alpha {agent.alpha:.3g}"
                 returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f})"
                 bar.write(f"step {step:>7}  {returns}  {used}  {row.get('charts/SPS', 0):.0f} steps/s")
-            loop["episodes"], mark = [], (step, time.time())
+            mark = step, time.time()
         if finished or stop:
             break
 
@@ -704,7 +731,7 @@ if __name__ == "__main__":
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
 
         # (4) Train: utd x [Q^A, Delta and alpha], then distill_steps x Q^W, in DSRL's order
-        if step < args.prior_steps <= loop["global_step"] and args.reward_scale == "auto":
+        if step < max(args.prior_steps, 1) <= loop["global_step"] and args.reward_scale == "auto":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
             agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())

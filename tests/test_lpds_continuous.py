@@ -707,7 +707,7 @@ def test_presets_beat_defaults_and_flags_beat_presets(env_id, preset):
         assert value == plain[name] or dataclasses.asdict(parse_args(command + flag)) == args | {name: plain[name]}
 
 
-@pytest.mark.parametrize("env_id, delta", zip(ENVS, (0.5, 0.5, 0.35, 0.35, 0.35, 0.35)))
+@pytest.mark.parametrize("env_id, delta", [*zip(ENVS, (0.5, 0.5, 0.35, 0.35, 0.35, 0.35))])
 def test_delta_is_that_of_table_2(env_id, delta):
     assert {parse_args(["--env-id", env_id, "--preset", preset]).delta for preset in PRESETS} == {delta}
 
