@@ -171,10 +171,6 @@ def parse_args(argv=None) -> Args:
     close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
     known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
     require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
-    try:
-        gym.make(args.env_id).close()
-    except Exception as error:
-        require(False, f"--env-id {args.env_id}: Gymnasium cannot make it ({error})")
     return args
 
 
@@ -353,7 +349,11 @@ def load_decoder(args: Args):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         require(False, f"--backbone {path}: neither our decoder format nor DPPO's ({reason}); {advice}")
     require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
-    with gym.make(args.env_id) as env:
+    try:
+        env = gym.make(args.env_id)
+    except Exception as error:  # -v2 and -v3 are registered, but have moved out of Gymnasium
+        require(False, f"--env-id {args.env_id}: Gymnasium cannot make it ({error})")
+    with env:
         for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
             size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
             require(
