@@ -5,19 +5,18 @@
 # ///
 """LP-DS (Lagrangian Perturbation Diffusion Steering) on Gym locomotion: Hopper, Walker2d, HalfCheetah.
 
-A generative policy a = Phi(w; s) was cloned from mediocre data and stays frozen. What is learned is where in its noise
-space to look: a shift of the noise for every state, paid from a budget delta that keeps it close to the prior.
+A generative policy a = Phi(w; s), cloned from mediocre data, stays frozen. Learned is a shift of its input noise for
+every state, paid from a budget delta that keeps it close to the prior; Q^A values action chunks (TD through the
+decoder), Q^W values noise (distilled from Q^A), and alpha prices the constraint:
 
     w = eps + Delta_theta(s),  eps ~ N(0, I)        max_theta  E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
-
-Q^A values action chunks (TD through the decoder), Q^W values noise (distilled from Q^A), alpha prices the constraint.
 
     python lpds_continuous.py --env-id Walker2d-v4 --delta 0.35
     python lpds_continuous.py --resume runs/RUN_FOLDER
     python enjoy.py runs/RUN_FOLDER --video walk.mp4
 
-A run folder holds metrics.csv, eval.npz, checkpoint.pt, best.pt and at the end curves.png. What score to expect, and
-where this departs from the paper and from DSRL: docs/lpds_continuous.md. To fork it, copy this file and entropy.py.
+The run folder gets metrics.csv, eval.npz, checkpoint.pt, best.pt and curves.png. What to expect, and where this departs
+from the paper and from DSRL: docs/lpds_continuous.md. To fork it, copy this file and entropy.py.
 """
 
 import difflib
@@ -25,10 +24,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,8 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from entropy import knn_entropy
@@ -133,15 +134,11 @@ class Args:
 # `paper`: the released configuration of DSRL, which LP-DS inherits (A.1). `default` is ours, for every device.
 PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0)
 PAPER |= dict(total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)
-PRESETS = {
-    "default": {"Hopper": dict(delta=0.5, hidden_size=128)},
-    "paper": {
-        "Hopper": dict(delta=0.5, hidden_size=128, **PAPER),
-        "Walker2d": dict(hidden_size=2048, **PAPER),
-        "HalfCheetah": dict(hidden_size=1024, **PAPER),
-    },
-}
-KNOWN_ENVS = [f"{name}-v{version}" for name in PRESETS["paper"] for version in (4, 5)]
+WIDTHS = {"Hopper": 128, "Walker2d": 2048, "HalfCheetah": 1024}
+PRESETS = {"default": {"Hopper": {}}, "paper": {name: PAPER | dict(hidden_size=n) for name, n in WIDTHS.items()}}
+for values in PRESETS.values():
+    values["Hopper"] |= dict(delta=0.5, hidden_size=128)
+KNOWN_ENVS = [f"{name}-v{version}" for name in WIDTHS for version in (4, 5)]
 MAY_BE_ZERO = ("alpha_init", "alpha_lr", "gamma", "tau", "prior_steps", "warmup_steps", "distill_steps", "seed")
 # What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
 FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
@@ -150,22 +147,18 @@ FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "r
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    base, saved = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {})), Path(args.resume, "args.json")
+    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
     if args.resume:
-        require(saved.is_file(), f"--resume {args.resume}: no run (it has no args.json); give a folder under --run-dir")
-        base = Args(**json.loads(saved.read_text()))
+        with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
+            base = Args(**json.loads(Path(args.resume, "args.json").read_text()))
     args = tyro.cli(Args, args=argv, default=base, description=__doc__)
     for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        free = not args.resume or name in FREE or value == getattr(base, name)
-        require(free, f"{flag}: {args.resume} has {getattr(base, name)}; only {', '.join(FREE)} may change")
+        flag, was = f"--{name.replace('_', '-')} {value}", getattr(base, name)
+        same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
+        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, and no budget shrink")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = 0 if name in MAY_BE_ZERO else 1e-99, 1 if name in ("gamma", "tau") else 1e99
             require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
-    shrunk = args.resume and args.total_timesteps < base.total_timesteps
-    require(
-        not shrunk, f"--total-timesteps {args.total_timesteps}: {args.resume} has {base.total_timesteps}; only more"
-    )
     stuck = args.dual == "log" and args.alpha_init == 0
     require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
     close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
@@ -182,12 +175,19 @@ def require(condition, message: str) -> None:
         raise SystemExit(2)
 
 
+@contextmanager
+def blame(message: str):
+    """Whatever fails inside ends the program with `message` and the reason, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+
+
 def read_tensors(path: Path, flag: str) -> dict:
     """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
-    try:
+    with blame(f"{flag} {path}: no file of plain tensors, nothing in it was run"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        require(False, f"{flag} {path}: no file of plain tensors, nothing in it was run ({type(error).__name__})")
 
 
 # --- end shared: errors ---
@@ -236,22 +236,19 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
 
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec, wrappers = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
-    while env is not mj:
-        for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
-            wrappers[name] = env
-        env = env.env
+    mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
+    counters = ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths")
     if state:
         for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
             mujoco.mj_forward(mj.model, mj.data)
             mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
         mj.np_random.bit_generator.state = json.loads(state["generator"])
-        for name, wrapper in wrappers.items():
-            setattr(wrapper, name, state[name])
+        for name in counters:
+            env.set_wrapper_attr(name, state[name])
     physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
     mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    counters = {name: np.asarray(getattr(wrapper, name)).item() for name, wrapper in wrappers.items()}
-    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **counters}
+    now = {name: np.asarray(env.get_wrapper_attr(name)).item() for name in counters}
+    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
 
 
 # --- end shared: environment ---
@@ -266,7 +263,7 @@ class Decoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
-        self.activation = {"relu": F.relu, "mish": F.mish}[config["activation"]]
+        self.activation = {"relu": torch.relu, "mish": nn.functional.mish}[config["activation"]]
         t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
         self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
         cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
@@ -325,43 +322,35 @@ class Decoder(nn.Module):
 
 def load_decoder(args: Args):
     """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
-    committed = f"backbones/{args.env_id.rsplit('-v', 1)[0].lower()}-v4-medium-diffusion.pt"
-    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or Path(__file__).parent / committed)
+    name = args.env_id.rsplit("-v", 1)[0].lower()
+    kind = "diffusion" if name == "hopper" else "flow"  # in open-loop chunks the better clone: docs/pretrain_backbone.md
+    committed = Path(__file__).parent / f"backbones/{name}-v4-medium-{kind}.pt"
+    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or committed)
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
     file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
-    try:
+    with blame(f"{where}: {path} needs the normalization.npz that belongs to it"):
         stats = file["normalization"] if "format" in file else np.load(args.normalization, allow_pickle=False)
         keys = [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
         stats = {key: np.asarray(stats[key]).astype(np.float64, casting="same_kind") for key in keys}
-    except Exception as error:
-        require(False, f"{where}: {path} needs the normalization.npz that belongs to it ({type(error).__name__})")
-    try:
-        if "format" not in file:
-            file = from_dppo(file, len(stats["action_min"]), args)
+    with blame(f"--backbone {path}: neither our decoder format nor DPPO's; {advice}"):
+        file = file if "format" in file else from_dppo(file, len(stats["action_min"]), args)
         config, weights, card = file["config"], file["model"], dict(file.get("card", {}))
         allowed = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
         range(1, allowed + 1).index(config["sample_steps"])  # else ValueError
         decoder = Decoder(config)
         decoder.load_state_dict(weights)
         decoder.freeze()
-    except Exception as error:  # an untrusted file can fail anywhere in here
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        require(False, f"--backbone {path}: neither our decoder format nor DPPO's ({reason}); {advice}")
     require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
-    try:
+    with blame(f"--env-id {args.env_id}: Gymnasium cannot make it"):  # -v2 and -v3 are registered, but have moved out
         env = gym.make(args.env_id)
-    except Exception as error:  # -v2 and -v3 are registered, but have moved out of Gymnasium
-        require(False, f"--env-id {args.env_id}: Gymnasium cannot make it ({error})")
-    with env:
-        for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
-            size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
-            require(
-                (size,) == shape,
-                f"--backbone {path}: {size} {x} coordinates, {args.env_id} {shape}; give one that fits",
-            )
-            valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
-            require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
+    env.close()
+    for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
+        size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
+        fits = f"{size} {x} coordinates, {args.env_id} has {shape}; give one that fits"
+        require((size,) == shape, f"--backbone {path}: {fits}")
+        valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
+        require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
     return decoder, stats, card | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 
@@ -402,6 +391,7 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
         self.args, self.decoder = args, decoder
+        self.noise_bound = math.inf if args.noise_bound == "none" else args.noise_bound
         self.perturbation = mlp(obs_dim, d, args).to(device)  # Delta_theta
         for zero in self.perturbation[-1].parameters():  # Delta = 0: the first policy is exactly the frozen one
             nn.init.zeros_(zero)
@@ -415,15 +405,12 @@ class Agent(nn.Module):
         adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
         self.optimizers = {name: adam(getattr(self, name).parameters()) for name in ("q_a", "q_w", "perturbation")}
 
-    def bound(self, noise):
-        return noise if self.args.noise_bound == "none" else noise.clamp(-self.args.noise_bound, self.args.noise_bound)
-
     @torch.no_grad()
     def act(self, obs, noise):
         """The steered policy (equation 4): obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
         if self.args.perturb == "action":
             return (self.decoder(obs, noise) + self.perturbation(obs)).clamp(-1, 1)
-        return self.decoder(obs, self.bound(noise + self.perturbation(obs)))
+        return self.decoder(obs, (noise + self.perturbation(obs)).clamp(-self.noise_bound, self.noise_bound))
 
     def step(self, name: str, loss):
         """One Adam step of the network `name` alone, whatever else the loss went through."""
@@ -487,7 +474,8 @@ def update_perturbation(agent: Agent, batch: dict, args: Args) -> dict:
     obs, noise = batch["obs"], torch.randn_like(batch["action"])
     delta = agent.perturbation(obs)  # (B, d)
     if args.perturb == "noise":
-        value = agent.q_w(obs, agent.bound(noise + delta)).min(0).values  # (B,)
+        w = (noise + delta).clamp(-agent.noise_bound, agent.noise_bound)
+        value = agent.q_w(obs, w).min(0).values  # (B,)
     else:  # LP-DS-A: no latent critic, the gradient comes from Q^A
         value = agent.q_a(obs, (agent.decoder(obs, noise) + delta).clamp(-1, 1)).min(0).values
     sum_norm = delta.square().sum(1).mean()
@@ -502,10 +490,9 @@ def update_perturbation(agent: Agent, batch: dict, args: Args) -> dict:
         agent.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp())
     elif args.lagrangian:
         agent.alpha.add_(args.alpha_lr * (sq_norm.detach() - args.delta)).clamp_(min=0)
-    bound = math.inf if args.noise_bound == "none" else args.noise_bound
     info = {"losses/perturbation": loss, "trust_region/alpha": agent.alpha.clone(), "trust_region/sq_norm": sq_norm}
     info |= {"trust_region/violation": violation, "trust_region/kl": 0.5 * sum_norm}  # nats; exact without a bound
-    info["trust_region/saturated"] = ((noise + delta).abs() > bound).float().mean()
+    info["trust_region/saturated"] = ((noise + delta).abs() > agent.noise_bound).float().mean()
     return {key: value.detach() for key, value in info.items()}
 
 
@@ -519,7 +506,8 @@ def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
     entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
     info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
     if agent.args.perturb == "noise":
-        q_w = agent.q_w(obs, agent.bound(noise + agent.perturbation(obs))).mean(0).view(-1, n)
+        w = (noise + agent.perturbation(obs)).clamp(-agent.noise_bound, agent.noise_bound)
+        q_w = agent.q_w(obs, w).mean(0).view(-1, n)
         q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
         q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
         info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
@@ -569,31 +557,38 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def plot_curves(path: Path, rows: list) -> None:
-    from matplotlib.figure import Figure
-
     keys = ("eval/episodic_return", "trust_region/violation", "trust_region/alpha", "entropy/action", "losses/q_w_corr")
     figure = Figure((18, 3.5), layout="constrained")
     for axis, key in zip(figure.subplots(1, len(keys)), keys):
-        points = [(row["global_step"], row[key]) for row in rows if key in row]
-        axis.plot([step for step, _ in points], [value for _, value in points])
+        axis.plot(*zip((math.nan, math.nan), *[(row["global_step"], row[key]) for row in rows if key in row]))
         axis.set_title(key)
     save(path, lambda file: figure.savefig(file, format="png"))
+
+
+def save_checkpoint(run: Path, agent, replay, loop: dict, args) -> None:
+    """Everything that the next step depends on, in one file of plain tensors."""
+    good = all(bool(p.isfinite().all()) for p in agent.parameters())
+    require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
+    state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
+    state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
+    cuda, versions = agent.alpha.is_cuda, {p.__name__: str(p.__version__) for p in (torch, gym, np, mujoco)}
+    state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(agent.alpha.device) if cuda else None}
+    state |= {"loop": loop, "args": asdict(args), "script": Path(sys.argv[0]).name, "versions": versions}
+    save(run / "checkpoint.pt", partial(torch.save, state))
 
 
 def load_checkpoint(run: Path, agent, replay) -> dict:
     """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
     state = read_tensors(run / "checkpoint.pt", "--resume")
-    try:
+    with blame(f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run"):
         agent.load_state_dict(state["agent"])
         for name, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         replay.add(**state["replay"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
+        if agent.alpha.is_cuda:
             torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
         return state["loop"]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        require(False, f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run ({type(error).__name__})")
 
 
 # --- end shared: run folder ---
@@ -603,13 +598,9 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
+    with blame(f"--device {args.device}: not usable; give auto, cpu or cuda"):
+        device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device))
         torch.zeros(1, device=device)
-    except Exception as error:
-        require(False, f"--device {args.device}: not usable ({str(error).splitlines()[0]}); give auto, cpu or cuda")
 
     # Decoder, environments, networks
     decoder, normalization, card = load_decoder(args)
@@ -620,6 +611,7 @@ if __name__ == "__main__":
     obs, _ = envs.reset(seed=args.seed)
     agent = Agent(args, decoder)
     replay = Replay(args.total_timesteps + args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+
     # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
     loop = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
     loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
@@ -630,13 +622,11 @@ if __name__ == "__main__":
         for env, state in zip(envs.envs, loop["envs"]):
             env_state(env, state)
     else:
-        try:
+        with blame(f"--run-dir {args.run_dir}: {run.name} cannot be made there"):
             run.mkdir(parents=True)
-        except OSError as error:
-            require(False, f"--run-dir {args.run_dir}: {error}")
-        copy = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
-        copy |= {"card": card, "normalization": {name: torch.as_tensor(value) for name, value in normalization.items()}}
-        save(run / "backbone.pt", partial(torch.save, copy))
+        copied = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
+        copied |= {"card": card, "normalization": {key: torch.as_tensor(value) for key, value in normalization.items()}}
+        save(run / "backbone.pt", partial(torch.save, copied))
     save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args) | {"resume": ""}, indent=1)))
     tracker = None
     if args.track:
@@ -647,22 +637,10 @@ if __name__ == "__main__":
         except Exception as error:
             print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
 
-    def checkpoint():
-        good = all(bool(p.isfinite().all()) for p in agent.parameters())
-        require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
-        loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
-        state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
-        state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
-        state["rng"] = torch.get_rng_state()
-        state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        versions = {package.__name__: str(package.__version__) for package in (torch, gym, np, mujoco)}
-        state |= {"loop": loop, "args": asdict(args), "script": Path(__file__).name, "versions": versions}
-        save(run / "checkpoint.pt", partial(torch.save, state))
-
+    size, c = sum(p.numel() for p in decoder.parameters()), decoder.config
     print(f"LP-DS on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
-    print(
-        f"decoder: {sum(p.numel() for p in decoder.parameters()):,} frozen parameters, {decoder.config}, {card['path']}"
-    )
+    print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
+          f"{card['checksum']}, frozen return by its card {card.get('frozen_return', math.nan):.0f}")  # fmt: skip
     stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current step finish
         signal.signal(number, lambda number, frame: stop.append(number))
@@ -698,15 +676,17 @@ if __name__ == "__main__":
                     tracker.log(row, step=step)
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
+            used = f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}, alpha {agent.alpha:.3g}"
             if due[1]:
                 arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
                 save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
-                checkpoint()
+                loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
+                save_checkpoint(run, agent, replay, loop, args)
                 if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
                     save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
-                used = f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}  alpha {agent.alpha:.3g}"
                 returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f})"
-                bar.write(f"step {step:>7}  {returns}  {used}  {row.get('charts/SPS', 0):.0f} steps/s")
+                bar.write(f"step {step:>7}  {returns}, {used}, {row.get('charts/SPS', 0):.0f} steps/s")
+            bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {used}", refresh=False)
             mark = step, time.time()
         if finished or stop:
             break
@@ -736,6 +716,7 @@ if __name__ == "__main__":
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
             agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
         if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
+            started_call = time.time()
             for _ in range(args.utd):
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)
@@ -744,11 +725,16 @@ if __name__ == "__main__":
             if args.perturb == "noise" and args.distill_steps:
                 loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
             loop["gradient_steps"] += args.utd
+            if loop["gradient_steps"] == 20 * args.utd:
+                calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
+                bar.write(f"about {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
     bar.close()
     if stop:
-        checkpoint()
-        print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
+        loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
+        save_checkpoint(run, agent, replay, loop, args)
+        again = shlex.join([sys.argv[0], "--resume", str(run)])
+        print(f"stopped at step {step} and saved; go on with: python {again}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     plot_curves(run / "curves.png", loop["rows"])
-    print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {run}")
+    print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {shlex.quote(str(run))}")

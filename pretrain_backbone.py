@@ -31,6 +31,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,12 +116,19 @@ def require(condition, message: str) -> None:
         raise SystemExit(2)
 
 
+@contextmanager
+def blame(message: str):
+    """Whatever fails inside ends the program with `message` and the reason, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+
+
 def read_tensors(path: Path, flag: str) -> dict:
     """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
-    try:
+    with blame(f"{flag} {path}: no file of plain tensors, nothing in it was run"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        require(False, f"{flag} {path}: no file of plain tensors, nothing in it was run ({type(error).__name__})")
 
 
 # --- end shared: errors ---
@@ -169,22 +177,19 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
 
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec, wrappers = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION, {}
-    while env is not mj:
-        for name in {"succeeded", "_elapsed_steps", "episode_returns", "episode_lengths"} & set(vars(env)):
-            wrappers[name] = env
-        env = env.env
+    mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
+    counters = ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths")
     if state:
         for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
             mujoco.mj_forward(mj.model, mj.data)
             mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
         mj.np_random.bit_generator.state = json.loads(state["generator"])
-        for name, wrapper in wrappers.items():
-            setattr(wrapper, name, state[name])
+        for name in counters:
+            env.set_wrapper_attr(name, state[name])
     physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
     mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    counters = {name: np.asarray(getattr(wrapper, name)).item() for name, wrapper in wrappers.items()}
-    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **counters}
+    now = {name: np.asarray(env.get_wrapper_attr(name)).item() for name in counters}
+    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
 
 
 # --- end shared: environment ---
@@ -199,7 +204,7 @@ class Decoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
-        self.activation = {"relu": F.relu, "mish": F.mish}[config["activation"]]
+        self.activation = {"relu": torch.relu, "mish": nn.functional.mish}[config["activation"]]
         t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
         self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
         cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
