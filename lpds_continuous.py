@@ -134,11 +134,16 @@ class Args:
 # `paper`: the released configuration of DSRL, which LP-DS inherits (A.1). `default` is ours, for every device.
 PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0)
 PAPER |= dict(total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)
-WIDTHS = {"Hopper": 128, "Walker2d": 2048, "HalfCheetah": 1024}
-PRESETS = {"default": {"Hopper": {}}, "paper": {name: PAPER | dict(hidden_size=n) for name, n in WIDTHS.items()}}
-for values in PRESETS.values():
-    values["Hopper"] |= dict(delta=0.5, hidden_size=128)
-KNOWN_ENVS = [f"{name}-v{version}" for name in WIDTHS for version in (4, 5)]
+HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: about the same return per step, in half the time
+PRESETS = {
+    "default": {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": HALF, "HalfCheetah": HALF},
+    "paper": {
+        "Hopper": dict(delta=0.5, hidden_size=128, **PAPER),
+        "Walker2d": dict(hidden_size=2048, **PAPER),
+        "HalfCheetah": dict(hidden_size=1024, **PAPER),
+    },
+}
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRESETS["paper"] for version in (4, 5)]
 MAY_BE_ZERO = ("alpha_init", "alpha_lr", "gamma", "tau", "prior_steps", "warmup_steps", "distill_steps", "seed")
 # What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
 FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
@@ -323,7 +328,7 @@ class Decoder(nn.Module):
 def load_decoder(args: Args):
     """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
     name = args.env_id.rsplit("-v", 1)[0].lower()
-    kind = "diffusion" if name == "hopper" else "flow"  # in open-loop chunks the better clone: docs/pretrain_backbone.md
+    kind = "diffusion" if name == "hopper" else "flow"  # whichever clones its data better; docs/pretrain_backbone.md
     committed = Path(__file__).parent / f"backbones/{name}-v4-medium-{kind}.pt"
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or committed)
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"

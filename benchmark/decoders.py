@@ -1,9 +1,10 @@
 """What limits the committed decoders: their noise, or that a chunk cannot react to it?
 
 Every decoder of backbones/ plays the same episodes with its chunk executed open loop, as it is used; replanned after
-every single action; with half the noise; and with none. Writes benchmark/results/decoders.json and .md.
+every single action; with half the noise; with none; and with 10 sampling steps. Writes benchmark/results/decoders.json
+and .md.
 
-python benchmark/decoders.py                 # about ten minutes on one core
+python benchmark/decoders.py                 # a quarter of an hour on one core
 python benchmark/decoders.py --table         # the table alone, from the .json
 """
 
@@ -24,16 +25,24 @@ from lpds_continuous import Args as ScriptArgs  # noqa: E402
 from lpds_continuous import evaluate, load_decoder, make_env  # noqa: E402
 
 ENV = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
-MODES = {"chunk open loop": (None, 1.0), "replanned every step": (1, 1.0), "half the noise": (None, 0.5),
-         "no noise": (None, 0.0)}  # what is executed of a chunk (None: all of it), factor on the noise  # fmt: skip
+MODES = {  # actions executed of a chunk (0: all), factor on the noise, sampling steps (0: the decoder's own)
+    "as used": (0, 1.0, 0),
+    "replanned every step": (1, 1.0, 0),
+    "half the noise": (0, 0.5, 0),
+    "no noise": (0, 0.0, 0),
+    "10 sampling steps": (0, 1.0, 10),
+}
 
 
-def play(path: Path, executed: int | None, factor: float, episodes: int) -> dict:
+def play(path: Path, executed: int, factor: float, steps: int, episodes: int) -> dict:
     """Episodes of the decoder alone; the first `executed` actions of each chunk are used, the noise times `factor`."""
     env_id = ENV[path.name.split("-")[0]]
     decoder, normalization, _ = load_decoder(ScriptArgs(env_id=env_id, backbone=str(path)))
-    d, keep = decoder.dim, (executed or decoder.config["chunk"]) * decoder.config["action_dim"]
-    envs = [make_env(env_id, executed or decoder.config["chunk"], normalization) for _ in range(episodes)]
+    decoder.config["sample_steps"] = steps or decoder.config["sample_steps"]
+    decoder.freeze()
+    executed = executed or decoder.config["chunk"]
+    d, keep = decoder.dim, executed * decoder.config["action_dim"]
+    envs = [make_env(env_id, executed, normalization) for _ in range(episodes)]
 
     @torch.no_grad()
     def policy(obs, noise):  # evaluate() draws as much noise as the environment takes actions; a chunk may need more

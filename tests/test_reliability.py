@@ -6,6 +6,7 @@ processes of their own; the others run in this one (runpy, as __main__), which s
 """
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -658,3 +659,25 @@ def test_the_committed_decoder_scores_what_its_card_says(tmp_path):
     assert abs(frozen.mean() - card["frozen_return"]) < 4 * error + 1
     last = metrics(only(tmp_path))[-1]
     assert int(last["gradient_steps"]) > 300 and float(last["trust_region/sq_norm"]) > 0
+
+
+def test_every_known_environment_has_a_decoder():
+    """What the first command of the docs needs, for -v4 and -v5: a file that fits, with a score in its card."""
+    import lpds_continuous
+
+    for env_id in lpds_continuous.KNOWN_ENVS:
+        decoder, _, card = lpds_continuous.load_decoder(lpds_continuous.parse_args(["--env-id", env_id]))
+        assert card["frozen_return"] > 1000 and card["eval_episodes"] == 100
+        assert card["recipe"]["sample_steps"] == decoder.config["sample_steps"] == len(decoder.times)
+
+
+def test_the_banner_and_the_way_back(inside, new, tmp_path, tiny_backbone, signal_when):
+    """What was resolved, which decoder, how long; and a resume command that survives a shell, spaces included."""
+    home = tmp_path / "two words"
+    signal_when(signal.SIGTERM, lambda n: n == 100)
+    code, out, error = inside(*new, "--run-dir", home, "--total-timesteps", 1600)
+    checksum = hashlib.sha256(tiny_backbone().read_bytes()).hexdigest()[:12]
+    assert code == 128 + signal.SIGTERM and checksum in out and "Ta 4" in out and "d 12" in out
+    assert "'delta': 0.5" in out and "minutes to go" in out and "return" in out
+    command = shlex.split(error.strip().splitlines()[-1].split("go on with: ")[1])
+    assert command[0] == "python" and command[2:] == ["--resume", str(only(home))]
