@@ -40,6 +40,9 @@ SPECS = {  # spec -> label of a run -> its flags; runs whose labels differ only 
              for env in DELTAS for norm in ("sum", "mean") for delta in DELTAS[env]},
     # The same steering of another kind of decoder
     "flow": {f"Hopper-v4-flow__seed{seed}": f"{FLOW} --seed {seed} {BUDGET}" for seed in (1, 2, 3)},
+    # DSRL's number of updates where the default is half of it
+    "updates": {"HalfCheetah-v4-utd-20__seed1":
+                f"--env-id HalfCheetah-v4 --utd 20 --distill-steps 10 --seed 1 {BUDGET}"},
     # One part removed or replaced at a time; `seeds` has the complete method
     "ablation": {f"Walker2d-v4-{name}__seed1": f"--env-id Walker2d-v4 --seed 1 {flags} {BUDGET}"
                  for name, flags in PARTS.items()},
@@ -287,7 +290,8 @@ def plot(spec: Positional[Literal["all", Spec]] = "all", results: Path = RESULTS
             continue
         (results / f"{name}.md").write_text(table(name, runs))
         # Beside a variant stands the complete method on the same environment, from `seeds`
-        ours = {"flow": "Hopper-v4", "ablation": "Walker2d-v4__seed1"}.get(name, "none")
+        ours = {"flow": "Hopper-v4", "ablation": "Walker2d-v4__seed1", "updates": "HalfCheetah-v4__seed1"}
+        ours = ours.get(name, "none")
         runs = [r for r in load(results / "seeds") if r["label"].startswith(ours)] + runs
         envs, keys = list(dict.fromkeys(r["args"]["env_id"] for r in runs)), PANELS.get(name, ["return"])
         shape = (len(envs), len(keys)) if len(keys) > 1 else (1, len(envs))

@@ -5,8 +5,8 @@ import ast
 import pytest
 from sync_shared_blocks import ROOT, blocks, scripts
 
-# The house's budgets; lpds_continuous.py is still above its own of 650, and must at least not grow
-LIMIT = {"lpds_continuous.py": 755, "lpds_toy.py": 450}
+# Budgets in lines. lpds_continuous.py is above the 650 it was given: every contract it keeps has its lines in it
+LIMIT = {"lpds_continuous.py": 745, "lpds_toy.py": 450}
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
