@@ -160,7 +160,7 @@ def parse_args(argv=None) -> Args:
     for name, value in asdict(args).items():
         flag, was = f"--{name.replace('_', '-')} {value}", getattr(base, name)
         same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
-        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, and the budget only upwards")
+        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = 0 if name in MAY_BE_ZERO else 1e-99, 1 if name in ("gamma", "tau") else 1e99
             require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")

@@ -198,6 +198,7 @@ def test_plot_draws_every_spec_beside_the_complete_method(tmp_path, capsys, monk
         ("seeds", "Walker2d-v4__seed1"),
         ("flow", "Hopper-v4-flow__seed2"),
         ("norm", "Walker2d-v4-sum-0.1__seed101"),
+        ("updates", "HalfCheetah-v4-utd-20__seed1"),
         ("ablation", "Walker2d-v4-action__seed1"),
     ):
         write_run(tmp_path / spec / label, args_of(bench.SPECS[spec][label]), steps, returns, columns)
@@ -211,6 +212,7 @@ def test_plot_draws_every_spec_beside_the_complete_method(tmp_path, capsys, monk
         ("seeds", "return", "Walker2d-v4", ["Walker2d-v4__seed1"]),
         *[("norm", key, "Walker2d-v4", ["Walker2d-v4-sum-0.1__seed101"]) for key in ("return", "used")],
         ("flow", "return", "Hopper-v4", ["Hopper-v4__seed1", "Hopper-v4-flow__seed2"]),
+        ("updates", "return", "HalfCheetah-v4", ["HalfCheetah-v4-utd-20__seed1"]),
         *[("ablation", key, "Walker2d-v4", walker) for key in ("return", "used", "entropy")],
     ]
     # LP-DS-A has no use for its latent critic: its correlation is not quoted
