@@ -37,7 +37,9 @@ SPECS = {  # spec -> label of a run -> its flags; runs whose labels differ only 
     "seeds": {f"{env}__seed{seed}": f"--env-id {env} --seed {seed} {BUDGET}" for env in ENVS for seed in (1, 2, 3)},
     # Which reading of equation 7, tried on a seed that is not among the reported ones
     "norm": {f"{env}-{norm}-{delta}__seed101": f"--env-id {env} --delta-norm {norm} --delta {delta} --seed 101 {LONG}"
-             for env in DELTAS for norm in ("sum", "mean") for delta in DELTAS[env]},
+             for env in DELTAS for norm in ("sum", "mean") for delta in DELTAS[env]}
+            # and one run from the time when the mean was the default of Walker2d
+            | {"Walker2d-v4-mean-0.35__seed1": f"--env-id Walker2d-v4 --delta-norm mean --seed 1 {BUDGET}"},
     # The same steering of another kind of decoder
     "flow": {f"Hopper-v4-flow__seed{seed}": f"{FLOW} --seed {seed} {BUDGET}" for seed in (1, 2, 3)},
     # DSRL's number of updates where the default is half of it

@@ -84,7 +84,9 @@ def test_every_command_of_every_spec_parses(tmp_path, capsys):
     norm = {(a.env_id, a.delta_norm, a.delta) for (s, _), a in seen.items() if s == "norm"}
     assert {delta for e, n, delta in norm if (e, n) == ("Hopper-v4", "mean")} == {0.1, 0.35, 0.5, 0.66}
     assert {delta for e, n, delta in norm if (e, n) == ("Walker2d-v4", "sum")} == {0.1, 0.35, 0.66}
-    assert all(a.seed == 101 for (s, _), a in seen.items() if s == "norm")
+    assert [label for (s, label), a in seen.items() if s == "norm" and a.seed != 101] == [
+        "Walker2d-v4-mean-0.35__seed1"
+    ]
     assert {a.backbone for (s, _), a in seen.items() if s == "flow"} == {"backbones/hopper-v4-medium-flow.pt"}
     assert {(a.perturb, a.lagrangian, a.noise_bound, a.dual) for (s, _), a in seen.items() if s == "ablation"} == {
         ("action", True, "none", "log"),
