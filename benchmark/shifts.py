@@ -1,8 +1,8 @@
 """How much can steering change at all? Random constant shifts of the noise, at the whole budget, without any learning.
 
 w = eps + c for `--shifts` random directions c and their opposites, with ||c||^2 / d = delta: every one of them is a
-policy that LP-DS may choose with --delta-norm mean. Their spread says how much there is to find, their mean what an uninformed shift costs.
-Writes benchmark/results/shifts.json and .md.
+policy that LP-DS may choose with --delta-norm mean. Their spread says how much there is to find, their mean what an
+uninformed shift costs. Writes benchmark/results/shifts.json and .md.
 
 python benchmark/shifts.py            # ten minutes on one core
 python benchmark/shifts.py --table    # the table alone, from the .json
