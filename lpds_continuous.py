@@ -70,9 +70,10 @@ class Args:
     """clip each coordinate of w to +-bound; not needed with the Lagrangian, and 1.5 by itself alters the prior"""
     perturb: Literal["noise", "action"] = "noise"
     """noise: LP-DS; action: LP-DS-A (ablation), which adds Delta to the decoded action and maximises Q^A"""
+    # --- shared: settings ---
     # Critics and update ratio
     hidden_size: int = 256
-    """width of Delta and of the critics"""
+    """width of the policy and of the critics"""
     num_layers: int = 3
     """hidden layers of each"""
     lr: float = 3e-4
@@ -86,7 +87,7 @@ class Args:
     train_freq: int = 2
     """vector steps (num_envs chunks each) between train calls"""
     utd: int = 20
-    """updates of Q^A, Delta and alpha per train call"""
+    """updates of Q^A, policy and alpha per train call"""
     distill_steps: int = 10
     """updates of Q^W per train call"""
     reward_scale: float | Literal["auto"] = "auto"
@@ -105,7 +106,7 @@ class Args:
     prior_steps: int = 8_000
     """steps of the frozen policy before any training"""
     warmup_steps: int = 8_000
-    """steps after those in which only the critics learn, so that Delta does not follow critics that know nothing"""
+    """steps after those in which only the critics learn, as the policy would follow what they make up at first"""
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     device: str = "auto"
@@ -122,7 +123,7 @@ class Args:
     no_progress: bool = False
     """no progress bar"""
     # Run folder
-    exp_name: str = "lpds_continuous"
+    exp_name: str = Path(__file__).stem
     """part of the run folder's name"""
     run_dir: str = "runs"
     """where run folders are made"""
@@ -130,25 +131,27 @@ class Args:
     """run folder to continue from its checkpoint, exactly"""
 
 
-# What a preset fills in where the user set nothing. delta: table 2 of LP-DS; widths, raw rewards, prior roll-outs of
-# `paper`: the released configuration of DSRL, which LP-DS inherits (A.1). `default` is ours, for every device.
-PAPER = dict(delta_norm="sum", dual="linear", reward_scale=1.0, prior_steps=32_016, warmup_steps=0)
-PAPER |= dict(total_timesteps=1_000_000, eval_every=64_000, eval_episodes=200)
+# --- end shared: settings ---
+
+
+# What a preset fills in where the user set nothing. `paper` is table 2 of LP-DS, with widths, raw rewards and prior
+# roll-outs of DSRL's released configuration, which LP-DS inherits (A.1); `default` is ours, for every device.
 HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: about the same return per step, in half the time
-PRESETS = {
-    "default": {  # Walker2d: a sum, because the 24 times larger budget of the mean improved nothing there
-        "Hopper": dict(delta=0.5, hidden_size=128),
-        "Walker2d": dict(delta_norm="sum", **HALF),
-        "HalfCheetah": HALF,
-    },
-    "paper": {
-        "Hopper": dict(delta=0.5, hidden_size=128, **PAPER),
-        "Walker2d": dict(hidden_size=2048, **PAPER),
-        "HalfCheetah": dict(hidden_size=1024, **PAPER),
-    },
-}
-KNOWN_ENVS = [f"{name}-v{version}" for name in PRESETS["paper"] for version in (4, 5)]
-MAY_BE_ZERO = ("alpha_init", "alpha_lr", "gamma", "tau", "prior_steps", "warmup_steps", "distill_steps", "seed")
+PAPER = dict(reward_scale=1.0, prior_steps=32_016, warmup_steps=0, total_timesteps=1_000_000)
+PAPER |= dict(eval_every=64_000, eval_episodes=200)
+# Walker2d: a sum, because the 24 times larger budget of the mean improved nothing there
+OURS = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(delta_norm="sum", **HALF), "HalfCheetah": HALF}
+PAPER |= dict(delta_norm="sum", dual="linear")
+PRINTED = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(hidden_size=2048)}
+PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
+MAY_BE_ZERO = "alpha_init alpha_lr gamma tau prior_steps warmup_steps distill_steps seed".split()
+LOWEST = dict.fromkeys(MAY_BE_ZERO, 0)  # other numbers must be positive
+BACKBONES = Path(__file__).parent / "backbones"
+
+
+# --- shared: command line ---
+PRESETS = {"default": OURS, "paper": {name: PAPER | values for name, values in PRINTED.items()}}
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 # What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
 FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
 
@@ -166,16 +169,15 @@ def parse_args(argv=None) -> Args:
         same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
         require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = 0 if name in MAY_BE_ZERO else 1e-99, 1 if name in ("gamma", "tau") else 1e99
+            low, high = LOWEST.get(name, 1e-99), 1 if name in ("gamma", "tau") else 1e99
             require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
-    stuck = args.dual == "log" and args.alpha_init == 0
-    require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
     close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
     known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
     require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
     return args
 
 
+# --- end shared: command line ---
 # --- shared: errors ---
 def require(condition, message: str) -> None:
     """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
@@ -327,13 +329,12 @@ class Decoder(nn.Module):
 
 
 # --- end shared: decoder ---
-
-
+# --- shared: decoder file, networks, replay ---
 def load_decoder(args: Args):
     """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
     name = args.env_id.rsplit("-v", 1)[0].lower()
     kind = "diffusion" if name == "hopper" else "flow"  # whichever clones its data better; docs/pretrain_backbone.md
-    committed = Path(__file__).parent / f"backbones/{name}-v4-medium-{kind}.pt"
+    committed = BACKBONES / f"{name}-v4-medium-{kind}.pt"
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or committed)
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
@@ -393,42 +394,6 @@ class TwinCritic(nn.ModuleList):
         return torch.stack([member(x).squeeze(-1) for member in self])
 
 
-class Agent(nn.Module):
-    """The frozen decoder and everything that is learned around it: Delta, the critics, alpha."""
-
-    def __init__(self, args: Args, decoder: Decoder):
-        super().__init__()
-        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
-        self.args, self.decoder = args, decoder
-        self.noise_bound = math.inf if args.noise_bound == "none" else args.noise_bound
-        self.perturbation = mlp(obs_dim, d, args).to(device)  # Delta_theta
-        for zero in self.perturbation[-1].parameters():  # Delta = 0: the first policy is exactly the frozen one
-            nn.init.zeros_(zero)
-        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
-        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
-        self.q_a_target.load_state_dict(self.q_a.state_dict())
-        self.q_a_target.requires_grad_(False)
-        scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
-        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
-        self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0, device=device))
-        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
-        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in ("q_a", "q_w", "perturbation")}
-
-    @torch.no_grad()
-    def act(self, obs, noise):
-        """The steered policy (equation 4): obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
-        if self.args.perturb == "action":
-            return (self.decoder(obs, noise) + self.perturbation(obs)).clamp(-1, 1)
-        return self.decoder(obs, (noise + self.perturbation(obs)).clamp(-self.noise_bound, self.noise_bound))
-
-    def step(self, name: str, loss):
-        """One Adam step of the network `name` alone, whatever else the loss went through."""
-        parameters = list(getattr(self, name).parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
-        self.optimizers[name].step()
-
-
 class Replay:
     """Every transition (chunk) of the run, on the learner's device: sampling asks the host for nothing."""
 
@@ -449,6 +414,52 @@ class Replay:
         return {name: column[index] for name, column in self.data.items()}
 
 
+# --- end shared: decoder file, networks, replay ---
+class Agent(nn.Module):
+    """The frozen decoder and everything that is learned around it: Delta, the critics, alpha."""
+
+    def __init__(self, args: Args, decoder: Decoder):
+        super().__init__()
+        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
+        self.args, self.decoder, self.latent = args, decoder, args.perturb == "noise"  # latent: uses Q^W
+        self.noise_bound = math.inf if args.noise_bound == "none" else args.noise_bound
+        self.perturbation = mlp(obs_dim, d, args).to(device)  # Delta_theta
+        for zero in self.perturbation[-1].parameters():  # Delta = 0: the first policy is exactly the frozen one
+            nn.init.zeros_(zero)
+        stuck = args.dual == "log" and args.alpha_init == 0
+        require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
+        self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0, device=device))
+
+        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
+        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
+        self.q_a_target.load_state_dict(self.q_a.state_dict())
+        self.q_a_target.requires_grad_(False)
+        scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
+        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
+        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in ("q_a", "q_w", "perturbation")}
+
+    def steer(self, obs, noise):  # eps (B, d) -> w = eps + Delta(s) (B, d)
+        return (noise + self.perturbation(obs)).clamp(-self.noise_bound, self.noise_bound)
+
+    @torch.no_grad()
+    def act(self, obs, noise):
+        """The steered policy (equation 4): obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
+        if self.latent:
+            return self.decoder(obs, self.steer(obs, noise))
+        return (self.decoder(obs, noise) + self.perturbation(obs)).clamp(-1, 1)
+
+    def status(self, row: dict) -> str:  # a row of metrics.csv -> a few words for the progress bar
+        return f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}, alpha {self.alpha:.3g}"
+
+    def step(self, name: str, loss):
+        """One Adam step of the network `name` alone, whatever else the loss went through."""
+        parameters = list(getattr(self, name).parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+
+
 def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
     """Q^A by TD through the decoder (Algorithm 1, lines 8-11), then its target by Polyak averaging (line 20)."""
     with torch.no_grad():
@@ -462,20 +473,6 @@ def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
     online = [parameter.detach() for parameter in agent.q_a.parameters()]
     torch._foreach_lerp_(list(agent.q_a_target.parameters()), online, args.tau)
     return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
-
-
-def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^W by distillation of Q^A over the unshifted prior (lines 12-15): distill_steps steps, a slice of batch each.
-
-    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
-    """
-    noise = torch.randn_like(batch["action"])
-    with torch.no_grad():
-        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
-    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
-        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
-        agent.step("q_w", loss)
-    return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 def update_perturbation(agent: Agent, batch: dict, args: Args) -> dict:
@@ -502,7 +499,23 @@ def update_perturbation(agent: Agent, batch: dict, args: Args) -> dict:
     info = {"losses/perturbation": loss, "trust_region/alpha": agent.alpha.clone(), "trust_region/sq_norm": sq_norm}
     info |= {"trust_region/violation": violation, "trust_region/kl": 0.5 * sum_norm}  # nats; exact without a bound
     info["trust_region/saturated"] = ((noise + delta).abs() > agent.noise_bound).float().mean()
+    info["trust_region/delta"] = torch.tensor(args.delta)
     return {key: value.detach() for key, value in info.items()}
+
+
+# --- shared: distillation ---
+def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
+    """Q^W by distillation of Q^A over the unshifted prior (lines 12-15): distill_steps steps, a slice of batch each.
+
+    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
+    """
+    noise = torch.randn_like(batch["action"])
+    with torch.no_grad():
+        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
+    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
+        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
+        agent.step("q_w", loss)
+    return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 @torch.no_grad()
@@ -514,15 +527,15 @@ def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
     entropy, ties = knn_entropy(steered.view(-1, n, d))
     entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
     info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
-    if agent.args.perturb == "noise":
-        w = (noise + agent.perturbation(obs)).clamp(-agent.noise_bound, agent.noise_bound)
-        q_w = agent.q_w(obs, w).mean(0).view(-1, n)
+    if agent.latent:
+        q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(-1, n)
         q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
         q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
         info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
     return info
 
 
+# --- end shared: distillation ---
 # --- shared: evaluation ---
 def evaluate(policy, envs: list, seed: int, device) -> dict:
     """One episode in each of `envs`, noise sampled; arrays (len(envs),) of return, success and length.
@@ -566,10 +579,11 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def plot_curves(path: Path, rows: list) -> None:
-    keys = ("eval/episodic_return", "trust_region/violation", "trust_region/alpha", "entropy/action", "losses/q_w_corr")
-    figure = Figure((18, 3.5), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys)), keys):
-        axis.plot(*zip((math.nan, math.nan), *[(row["global_step"], row[key]) for row in rows if key in row]))
+    keys = "eval/episodic_return trust_region/violation trust_region/alpha losses/alpha entropy/action losses/q_w_corr"
+    keys = [key for key in keys.split() if any(key in row for row in rows)]
+    figure = Figure((3.6 * len(keys), 3.5), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        axis.plot(*zip(*[(row["global_step"], row[key]) for row in rows if key in row]))
         axis.set_title(key)
     save(path, lambda file: figure.savefig(file, format="png"))
 
@@ -598,9 +612,6 @@ def load_checkpoint(run: Path, agent, replay) -> dict:
         if agent.alpha.is_cuda:
             torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
         return state["loop"]
-
-
-# --- end shared: run folder ---
 
 
 if __name__ == "__main__":
@@ -647,7 +658,7 @@ if __name__ == "__main__":
             print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
 
     size, c = sum(p.numel() for p in decoder.parameters()), decoder.config
-    print(f"LP-DS on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
+    print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
     print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
           f"{card['checksum']}, frozen return by its card {card.get('frozen_return', math.nan):.0f}")  # fmt: skip
     stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
@@ -664,7 +675,7 @@ if __name__ == "__main__":
             if step:
                 names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
                 row |= dict(zip(names, np.mean(loop["episodes"] or [[]], 0)))
-                row |= {"charts/SPS": (step - mark[0]) / (time.time() - mark[1]), "trust_region/delta": args.delta}
+                row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
                 index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
                 row |= probe(agent, replay.data["obs"][index], step)
             if due[1]:
@@ -685,7 +696,6 @@ if __name__ == "__main__":
                     tracker.log(row, step=step)
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
-            used = f"E||Delta||^2/delta {row.get('trust_region/violation', -1) + 1:.2f}, alpha {agent.alpha:.3g}"
             if due[1]:
                 arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
                 save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
@@ -694,16 +704,18 @@ if __name__ == "__main__":
                 if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
                     save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
                 returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f})"
-                bar.write(f"step {step:>7}  {returns}, {used}, {row.get('charts/SPS', 0):.0f} steps/s")
-            bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {used}", refresh=False)
+                bar.write(f"step {step:>7}  {returns}, {agent.status(row)}, {row.get('charts/SPS', 0):.0f} steps/s")
+            bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {agent.status(row)}", refresh=False)
             mark = step, time.time()
         if finished or stop:
             break
+        # --- end shared: run folder ---
 
         # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s); Delta is 0 until the critics are warm
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
 
+        # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
         final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
@@ -715,11 +727,13 @@ if __name__ == "__main__":
         loop["vector_steps"] += 1
         bar.update(loop["global_step"] - bar.n)
 
+        # --- end shared: step ---
+
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
 
-        # (4) Train: utd x [Q^A, Delta and alpha], then distill_steps x Q^W, in DSRL's order
+        # (4) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
         if step < max(args.prior_steps, 1) <= loop["global_step"] and args.reward_scale == "auto":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
@@ -731,13 +745,14 @@ if __name__ == "__main__":
                 loop["info"] |= update_action_critic(agent, batch, args)
                 if trained >= args.warmup_steps:
                     loop["info"] |= update_perturbation(agent, batch, args)
-            if args.perturb == "noise" and args.distill_steps:
+            if agent.latent and args.distill_steps:
                 loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
             loop["gradient_steps"] += args.utd
             if loop["gradient_steps"] == 20 * args.utd:
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"about {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
+    # --- shared: end ---
     bar.close()
     if stop:
         loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
@@ -747,3 +762,4 @@ if __name__ == "__main__":
         raise SystemExit(128 + stop[0])
     plot_curves(run / "curves.png", loop["rows"])
     print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {shlex.quote(str(run))}")
+# --- end shared: end ---

@@ -8,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # as the scripts do: a sum that two threads share may differ in its last bit
 SIZES = {"Hopper": (11, 3), "Walker2d": (17, 6), "HalfCheetah": (17, 6)}  # observation, action
 
 

@@ -1,14 +1,17 @@
 """Copies every shared block out of lpds_continuous.py into the files that have a block of the same name.
 
 python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
+
+It also writes the differences between lpds_continuous.py and its baselines into docs/baselines.md.
 """
 
+import difflib
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"^# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^# --- end shared: (?P=name) ---\n", re.M | re.S
+    r"^ *# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^ *# --- end shared: (?P=name) ---\n", re.M | re.S
 )
 
 
@@ -19,10 +22,23 @@ def scripts() -> list[Path]:
 def blocks(text: str) -> dict[str, str]:
     """Name -> text of the shared blocks, in file order; a marker that is not closed by its own name is an error."""
     found = {match["name"]: match["body"] for match in BLOCK.finditer(text)}
-    markers = re.findall(r"^# --- (?:end )?shared: .+ ---$", text, re.M)
+    markers = re.findall(r"^ *# --- (?:end )?shared: .+ ---$", text, re.M)
     if len(markers) != 2 * len(found):
         raise ValueError(f"{len(markers)} markers, but {len(found)} closed blocks of different names")
     return found
+
+
+def with_diffs(page: str) -> str:
+    """`page` with the diff of each baseline after its mark `<!-- diff of NAME ... -->`, up to the end of that block."""
+
+    def block(match):
+        a, b = ROOT / "lpds_continuous.py", ROOT / "baselines" / match["name"]
+        texts = (path.read_text().splitlines() for path in (a, b))
+        lines = difflib.unified_diff(*texts, a.name, f"baselines/{b.name}", n=0, lineterm="")
+        return match["mark"] + "\n```diff\n" + "\n".join(lines) + "\n```\n<!-- end of diff -->\n"
+
+    mark = r"(?P<mark><!-- diff of (?P<name>\S+\.py)[^\n]*-->)\n.*?<!-- end of diff -->\n"
+    return re.sub(mark, block, page, flags=re.S)
 
 
 if __name__ == "__main__":
@@ -30,9 +46,10 @@ if __name__ == "__main__":
     for path in scripts():
         text = path.read_text()
         for name in blocks(text).keys() & model.keys():
-            if blocks(text)[name] != model[name]:
-                start, end = f"# --- shared: {name} ---\n", f"# --- end shared: {name} ---\n"
-                head, rest = text.split(start, 1)
-                text = head + start + model[name] + end + rest.split(end, 1)[1]
+            old = next(match for match in BLOCK.finditer(text) if match["name"] == name)
+            if old["body"] != model[name]:
+                text = text[: old.start("body")] + model[name] + text[old.end("body") :]
                 print(f"{path.name}: {name} updated")
         path.write_text(text)
+    page = ROOT / "docs" / "baselines.md"
+    page.write_text(with_diffs(page.read_text()))

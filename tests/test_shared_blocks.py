@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from sync_shared_blocks import ROOT, blocks, scripts
+from sync_shared_blocks import ROOT, blocks, scripts, with_diffs
 
 # Budgets in lines. lpds_continuous.py is above the 650 it was given: every contract it keeps has its lines in it
-LIMIT = {"lpds_continuous.py": 750, "lpds_toy.py": 450}
+LIMIT = {"lpds_continuous.py": 770, "dsrl_continuous.py": 770, "lpds_toy.py": 450}
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
@@ -17,10 +17,16 @@ def test_blocks_are_those_of_the_model_script(path):
             assert body == model[name], f"{path.name}: '{name}' has drifted; run python tests/sync_shared_blocks.py"
 
 
+def test_the_page_shows_the_diff_as_it_is():
+    page = (ROOT / "docs" / "baselines.md").read_text()
+    assert page.count("```diff") == len(list((ROOT / "baselines").glob("*.py")))
+    assert with_diffs(page) == page, "run python tests/sync_shared_blocks.py"
+
+
 def test_blocks_are_found_and_open_ones_refused():
-    assert {"errors", "environment", "decoder", "evaluation", "run folder"} == set(
-        blocks((ROOT / "lpds_continuous.py").read_text())
-    )
+    names = {"settings", "command line", "errors", "environment", "decoder", "decoder file, networks, replay"}
+    names |= {"distillation", "evaluation", "run folder", "step", "end"}
+    assert set(blocks((ROOT / "lpds_continuous.py").read_text())) == names
     with pytest.raises(ValueError):
         blocks("# --- shared: a ---\nx = 1\n# --- end shared: b ---\n")
 
