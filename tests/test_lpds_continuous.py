@@ -778,7 +778,9 @@ def listed(path):
     return {line for line in lines if line and not line.startswith("-")}
 
 
-HEADERS = {path.name: header(path) for path in sorted(ROOT.glob("*.py")) if header(path)}
+HEADERS = {
+    path.name: header(path) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]) if header(path)
+}
 
 
 def test_the_header_of_the_model_script_is_the_core_set():
