@@ -60,7 +60,7 @@ class Args:
     noise_bound: float = 1.5
     """b, half the side of the box of w; 1.0 is what the released code does in its na variant, whatever it is told"""
     alpha_init: float = 1.0
-    """first temperature, in Q per nat"""
+    """first temperature, in unscaled reward per nat"""
     target_entropy: float = 0.0
     """entropy that the temperature holds, in nats over the box [-1, 1]^d (before scaling); at most d log 2"""
     # --- shared: settings ---
@@ -129,14 +129,14 @@ class Args:
 
 # What a preset fills in where the user set nothing: all as in lpds_continuous.py, and the bounds of DSRL's released
 # configuration (which its code applies to the sac variant alone).
-HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: about the same return per step, in half the time
+HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: nearly the same return per step, in half the time
 PAPER = dict(reward_scale=1.0, prior_steps=32_016, warmup_steps=0, total_timesteps=1_000_000)
 PAPER |= dict(eval_every=64_000, eval_episodes=200)
-OURS = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, **HALF), "HalfCheetah": HALF}
+LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
+LOWEST |= dict(target_entropy=-1e99)
 PRINTED = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, hidden_size=2048)}
 PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
-LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others must be positive,
-LOWEST |= {"target_entropy": -1e99}  # but for this one
+OURS = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, **HALF), "HalfCheetah": HALF}
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
 
 
@@ -412,7 +412,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
         obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
-        self.args, self.decoder, self.latent = args, decoder, args.variant == "na"  # latent: uses Q^W
+        self.args, self.decoder, self.distills = args, decoder, args.variant == "na"  # distills: uses Q^W
         self.actor = mlp(obs_dim, 2 * d, args).to(device)  # mu and log sigma
         self.register_buffer("started", torch.tensor(False, device=device))  # before its first update, w = eps
         self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init), device=device)])  # log alpha
@@ -428,8 +428,8 @@ class Agent(nn.Module):
         self.optimizers = {name: adam(getattr(self, name).parameters()) for name in names}
 
     @property
-    def alpha(self):
-        return self.temperature[0].detach().exp()
+    def alpha(self):  # it scales with the rewards, so that the trade-off starts where it does on raw ones
+        return self.reward_scale * self.temperature[0].detach().exp()
 
     def squash(self, obs, noise):
         """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d) and its log density in [-1, 1]^d (B,), as DSRL counts it."""
@@ -499,7 +499,7 @@ def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
 
 # --- shared: distillation ---
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^W by distillation of Q^A over the unshifted prior (lines 12-15): distill_steps steps, a slice of batch each.
+    """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
 
     Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
     """
@@ -521,7 +521,7 @@ def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
     entropy, ties = knn_entropy(steered.view(-1, n, d))
     entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
     info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
-    if agent.latent:
+    if agent.distills:
         q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(-1, n)
         q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
         q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
@@ -742,12 +742,12 @@ if __name__ == "__main__":
                 loop["info"] |= update_action_critic(agent, batch, args)
                 if trained >= args.warmup_steps:
                     loop["info"] |= update_actor(agent, batch, args)
-            if agent.latent and args.distill_steps:
+            if agent.distills and args.distill_steps:
                 loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
             loop["gradient_steps"] += args.utd
             if loop["gradient_steps"] == 20 * args.utd:
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
-                bar.write(f"about {calls * (time.time() - started_call) / 60:.0f} minutes to go")
+                bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
     # --- shared: end ---
     bar.close()

@@ -139,7 +139,7 @@ def test_every_command_of_every_committed_spec_parses_and_is_the_experiment_mean
         seen[name] = {run.label for run in runs if run.spec == name}
     labels = lambda *arms: {f"{e}__{a}__{s}" for e in ENVS for a in arms for s in (1, 2, 3)}  # noqa: E731
     assert seen["continuous/seeds"] == labels("LP-DS") and seen["gpu"] == labels("LP-DS", "DSRL")
-    assert seen["cpu"] == labels("DSRL") | {f"Hopper-v4__DSRL-raw-rewards__{s}" for s in (1, 2, 3)}
+    assert seen["cpu"] == labels("DSRL", "DSRL-as-released")
     assert {run.spec for run in bench.load_spec("cpu", tmp_path)} == {"cpu", "continuous/seeds"}
     deltas = {"Hopper-v4": (0.1, 0.35, 0.5, 0.66), "Walker2d-v4": (0.1, 0.35, 0.66)}
     assert seen["continuous/norm"] == {"Walker2d-v4__LP-DS-mean__1"} | {

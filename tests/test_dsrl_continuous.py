@@ -116,7 +116,7 @@ def test_the_td_target_holds_the_entropy_and_for_sac_the_noise(variant, started)
     x, log_prob = by_torch(agent, obs, noise)
     w = 1.5 * x.float() if started else noise
     value = agent.q_a_target(obs, agent.decoder(obs, w) if variant == "na" else w).min(0).values
-    value = value - 0.7 * log_prob.float() * started
+    value = value - 0.3 * 0.7 * log_prob.float() * started  # alpha scales with the rewards
     target = 0.3 * batch["reward"] + 0.9 * (1 - batch["terminated"]) * value
     info = dsrl.update_action_critic(agent, batch, args)
     assert info["losses/q_a"].item() == pytest.approx(0.5 * (q - target).square().mean(1).sum().item(), rel=1e-4)
@@ -133,7 +133,7 @@ def test_the_loss_of_the_actor_is_that_of_sac_on_its_critic_of_noise(variant):
     prior = torch.distributions.Normal(0, 1).log_prob(w).sum(-1)
     before = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     info = dsrl.update_actor(agent, batch, args)
-    assert info["losses/actor"].item() == pytest.approx((0.7 * log_prob - q).mean().item(), rel=1e-4)
+    assert info["losses/actor"].item() == pytest.approx((0.3 * 0.7 * log_prob - q).mean().item(), rel=1e-4)
     assert info["losses/log_prob"].item() == pytest.approx(log_prob.mean().item(), rel=1e-4)
     # KL(pi, N(0, I)) by the same sample; the density of w itself is that of w / b over b^d
     kl = log_prob - D * math.log(1.5) - prior
@@ -151,11 +151,11 @@ def test_the_temperature_follows_minus_the_gap_to_the_target_entropy(surplus):
     drawn(4)
     dsrl.update_actor(agent, batch, args)
     # d/dlog_alpha of -log_alpha (log pi + target): too much entropy makes it cheaper
-    assert agent.alpha.item() == pytest.approx(0.7 * math.exp(-0.1 * surplus), rel=1e-4)
+    assert agent.alpha.item() == pytest.approx(0.3 * 0.7 * math.exp(-0.1 * surplus), rel=1e-4)
 
 
 def test_the_temperature_holds_a_reachable_entropy():
-    agent, batch, args = setup(target_entropy=2.0, lr=3e-3)
+    agent, batch, args = setup(target_entropy=2.0, lr=3e-3, reward_scale=1.0)
 
     class Peak(torch.nn.Module):  # worth most at w = 0.3, so that entropy has a price
         def forward(self, obs, w):

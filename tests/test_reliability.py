@@ -539,11 +539,13 @@ def test_variants_run_and_log_what_they_are(inside, new, tmp_path, variant):
     assert agent["perturbation.9.bias"].abs().max() > 0 and column(rows, "gradient_steps")[-1] > 50
     sq_norm, kl = column(rows, "trust_region/sq_norm"), column(rows, "trust_region/kl")
     alpha, saturated = column(rows, "trust_region/alpha"), column(rows, "trust_region/saturated")
-    np.testing.assert_allclose(kl, 0.5 * sq_norm * (1 if variant == "sum" else 12), rtol=1e-5)
+    if variant != "LP-DS-A":
+        np.testing.assert_allclose(kl, 0.5 * sq_norm * (1 if variant == "sum" else 12), rtol=1e-5)
     np.testing.assert_allclose(column(rows, "trust_region/violation"), sq_norm / 0.5 - 1, rtol=1e-4, atol=1e-6)
     assert (alpha == 0).all() if variant == "no lagrangian" else (alpha > 0).all() and (alpha != 1).all()
     assert 0.05 < saturated.mean() < 0.5 if variant == "bounded" else not saturated.any()
     latent = variant not in ("LP-DS-A", "no distillation")
+    assert len(kl) == len(saturated) == (0 if variant == "LP-DS-A" else len(sq_norm))  # they are about noise
     assert ("losses/q_w" in rows[-1]) == latent and ("losses/q_w_corr" in rows[-1]) == (variant != "LP-DS-A")
     assert (agent["reward_scale"] == 1) == (variant == "raw rewards")  # with auto it is set, prior roll-outs or none
 
