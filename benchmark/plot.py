@@ -269,7 +269,8 @@ def comparison(runs: list, envs: list) -> list:
         if all((name, env) in final for env in envs):
             rows.append(["**all**", f"**{name}**", "–", "–", "–", over([ratio[name, env] for env in envs], ".2f"),
                          against(final, ours, name, envs)])  # fmt: skip
-    return rows
+    alone = all(row[-1] == "–" for row in rows[1:])  # no two arms with two seeds each: nothing to compare
+    return [row[:-1] for row in rows] if alone else rows
 
 
 def over(strata: list, form: str) -> str:
@@ -386,7 +387,7 @@ def draw_sweep(axis, env: str, runs: list) -> list:
             axis.plot([d] * len(s), s, look["marker"], color=look["color"], ms=3, mfc="white", mew=0.7)
         ends.append((y[-1], f"norm: {norm}", look))
     axis.set(xlabel="δ", xscale="log")
-    axis.set_xticks(ticks := sorted({r["args"]["delta"] for r in here}), [f"{t:g}" for t in ticks])
+    axis.set_xticks(ticks := sorted({r["args"]["delta"] for r in here}), [f"{t:g}" for t in ticks], rotation=45)
     axis.minorticks_off()
     return ends
 
@@ -420,7 +421,7 @@ def make_figures(name: str, spec: dict, runs: list, folder: Path) -> dict:
         for axis in axes[len(envs) :]:
             axis.remove()
         caption = CAPTION[""] + CAPTION["return"] * ylabel.endswith("return")
-        figure.supxlabel(textwrap.fill(caption, 70 if columns == 1 else 150), fontsize=8, color="0.3")
+        figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=8, color="0.3")
         path = paths[kind] = folder / f"{name.replace('/', '_')}_{kind}.svg"
         figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
         figure.savefig(path, metadata={"Date": None, "Creator": None})
