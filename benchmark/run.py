@@ -271,6 +271,8 @@ def execute(run: Run):
 def work(run: Run) -> str:
     """The Ray task, anywhere in the cluster: does all that is left of a run; how it ended, in words."""
     os.chdir(ROOT)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so shells start what is in the background, and it is
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited; but ray.cancel comes as this signal
     kills = 0
     try:
         while done := execute(run):

@@ -426,21 +426,24 @@ def test_sweep_skips_finished_continues_killed_and_reports_failed_runs(tmp_path,
     assert len(starts) == 2
 
 
-def test_ctrl_c_lets_every_run_save_and_the_same_command_goes_on(tmp_path, fake):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_every_run_save_and_the_same_command_goes_on(tmp_path, fake, number):
     spec = fake({"x": {"flags": "--hang yes"}}, seeds=(1, 2, 3))
     first, second, third = bench.load_spec(str(spec), tmp_path / "runs")
     # A Ray of its own, as by default; a terminal sends Ctrl-C to the whole group, Ray's processes included
     line = command(tmp_path, spec, "--jobs", "2")
-    queue = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    background = number == signal.SIGTERM  # started with `&`, which makes all of Ray ignore SIGINT
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None
+    queue = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=ignore)
     try:
         wait_for(lambda: len(list(tmp_path.glob("runs/fake/*/*/pids.txt"))) == 2)
         for run in (first, second):
-            bench.newest(run.home).joinpath("step.txt").write_text("not saved on Ctrl-C")
-        os.killpg(queue.pid, signal.SIGINT)
+            bench.newest(run.home).joinpath("step.txt").write_text("not saved on the signal")
+        os.kill(queue.pid, number) if background else os.killpg(queue.pid, number)
         output, _ = queue.communicate(timeout=120)
     finally:
         queue.kill()
-    assert queue.returncode == 130
+    assert queue.returncode == 128 + number
     for run in (first, second):
         assert bench.newest(run.home).joinpath("step.txt").read_text() == "50"
         assert f"stopped {run.label}" in output and "--resume" in bench.plan(run)
