@@ -62,6 +62,8 @@ def save(*stop):
     if stop:
         sys.exit(143)
 signal.signal(signal.SIGTERM, save)
+if "--hang" in flags and "--resume" in flags:
+    time.sleep(4)  # the table looks once a second: a retry that is done at once would never show
 while step < 100:
     step += 10
     save()
