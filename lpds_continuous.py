@@ -139,13 +139,13 @@ class Args:
 HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: nearly the same return per step, in half the time
 PAPER = dict(reward_scale=1.0, prior_steps=32_016, warmup_steps=0, total_timesteps=1_000_000)
 PAPER |= dict(eval_every=64_000, eval_episodes=200)
-LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
-LOWEST |= dict(alpha_init=0, alpha_lr=0)
 PAPER |= dict(delta_norm="sum", dual="linear")  # what equations 7 and 10 say
-PRINTED = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(hidden_size=2048)}
-PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
 # Walker2d: a sum, because the 24 times larger budget of the mean gains no more there, with deep dips on the way
 OURS = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(delta_norm="sum", **HALF), "HalfCheetah": HALF}
+PRINTED = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(hidden_size=2048)}
+PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
+LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
+LOWEST |= dict(alpha_init=0, alpha_lr=0)
 BACKBONES = Path(__file__).parent / "backbones"
 
 

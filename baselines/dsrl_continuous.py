@@ -132,11 +132,11 @@ class Args:
 HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: nearly the same return per step, in half the time
 PAPER = dict(reward_scale=1.0, prior_steps=32_016, warmup_steps=0, total_timesteps=1_000_000)
 PAPER |= dict(eval_every=64_000, eval_episodes=200)
-LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
-LOWEST |= dict(target_entropy=-1e99)
+OURS = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, **HALF), "HalfCheetah": HALF}
 PRINTED = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, hidden_size=2048)}
 PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
-OURS = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, **HALF), "HalfCheetah": HALF}
+LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
+LOWEST |= dict(target_entropy=-1e99)
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
 
 
@@ -451,7 +451,8 @@ class Agent(nn.Module):
         return self.decoder(obs, self.steer(obs, noise))
 
     def status(self, row: dict) -> str:  # a row of metrics.csv -> a few words for the progress bar
-        return f"E[-log pi] {-row.get('losses/log_prob', math.nan):.2f}, alpha {self.alpha:.3g}"
+        entropy = f"{-row['losses/log_prob']:.2f}" if "losses/log_prob" in row else "-"  # none before its first update
+        return f"E[-log pi] {entropy}, alpha {self.alpha:.3g}"
 
     def step(self, name: str, loss):
         """One Adam step of the network `name` alone, whatever else the loss went through."""
