@@ -25,9 +25,9 @@ Docs: docs/pretrain_backbone.md
 """
 
 import difflib
-import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -37,11 +37,9 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from tqdm import trange
 
@@ -51,7 +49,7 @@ class Args:
     # Data, result and frozen evaluation
     data: str
     """episodes to clone: FILE.npz (keys observations, actions, terminals, timeouts), a D4RL or robomimic FILE.hdf5,
-    or minari:DATASET_ID, which the minari package downloads"""
+    a folder of D3IL's Avoiding demonstrations (*.pkl), or minari:DATASET_ID, which the minari package downloads"""
     output: str
     """checkpoint to write, FILE.pt"""
     source: str = ""
@@ -137,7 +135,7 @@ class ActionChunk(gym.Wrapper):
     """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
     `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode), episode (return and length, at its end).
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells.
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
@@ -166,30 +164,13 @@ class ActionChunk(gym.Wrapper):
             self.succeeded |= bool(info.get("success", truncated and not terminated))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in info if k == "episode"}
+        info = (info if terminated or truncated else {}) | {"steps": steps, "success": self.succeeded}
         return self.normalize(obs), total, terminated, truncated, info
 
 
 def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
     """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
     return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
-
-
-def env_state(env, state: dict | None = None) -> dict:
-    """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
-    counters = ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths")
-    if state:
-        for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
-            mujoco.mj_forward(mj.model, mj.data)
-            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
-        mj.np_random.bit_generator.state = json.loads(state["generator"])
-        for name in counters:
-            env.set_wrapper_attr(name, state[name])
-    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
-    mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    now = {name: np.asarray(env.get_wrapper_attr(name)).item() for name in counters}
-    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
 
 
 # --- end shared: environment ---
@@ -382,13 +363,42 @@ def read_minari(path: str) -> list:
     return [(episode.observations[: len(episode.actions)], episode.actions) for episode in dataset.iterate_episodes()]
 
 
+class ArraysOnly(pickle.Unpickler):
+    """Loads pickles of plain Python values and numpy arrays. Whatever else a pickle asks for is refused, not run."""
+
+    CORE = np.zeros(1).__reduce__()[0].__module__.rpartition(".")[0]  # numpy.core until numpy 2, then numpy._core
+    SAFE = {"numpy": ("ndarray", "dtype"), "multiarray": ("_reconstruct", "scalar"), "numeric": ("_frombuffer",)}
+
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes the bytes of an array
+            return lambda text, encoding: text.encode("latin1")
+        package, _, last = module.rpartition(".")
+        if name in self.SAFE.get(last, ()) and package in ("", "numpy.core", "numpy._core"):
+            return super().find_class(f"{self.CORE}.{last}" if package else module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing was run")
+
+
+def read_d3il(path: str) -> list:
+    """D3IL's Avoiding: obs (desired xy, measured xy), action = by how much the desired xy moves until the next row."""
+    episodes = []
+    for file in sorted(Path(path).glob("*.pkl")):
+        with file.open("rb") as opened:
+            robot = ArraysOnly(opened).load()["robot"]
+        desired, measured = (np.asarray(robot[key], np.float64)[:, :2] for key in ("des_c_pos", "c_pos"))
+        episodes.append((np.concatenate([desired, measured], 1)[:-1], np.diff(desired, axis=0)))
+    require(episodes, f"--data {path}: a folder without *.pkl; give that of D3IL's Avoiding demonstrations, or a file")
+    return episodes
+
+
 def load_episodes(args: Args) -> list:
     """[(obs (T, obs_dim), actions (T, A)), ...] float32 from --data; ends the program where it cannot be cloned."""
     path, suffix = args.data, Path(args.data).suffix
-    kinds = "give an .npz, an .hdf5 or minari:DATASET_ID"
+    kinds = "give an .npz, an .hdf5, a folder of D3IL's or minari:DATASET_ID"
     try:
         if path.startswith("minari:"):
             episodes = read_minari(path)
+        elif Path(path).is_dir():
+            episodes = read_d3il(path)
         else:
             require(Path(path).is_file(), f"--data {path}: no such file; {kinds}")
             require(suffix in (".npz", ".hdf5", ".h5"), f"--data {path}: unknown kind of file; {kinds}")
@@ -451,6 +461,7 @@ def windows(episodes: list, chunk: int, stats: dict):
     return torch.as_tensor(np.concatenate(all_obs)).float(), torch.as_tensor(np.concatenate(all_chunks)).float()
 
 
+# --- shared: behaviour cloning ---
 def bc_loss(decoder: Decoder, obs, chunks, abar):
     """Mean squared error of the noise (diffusion, DDPM) or of the velocity (flow, rectified flow)."""
     noise = torch.randn_like(chunks)
@@ -461,7 +472,10 @@ def bc_loss(decoder: Decoder, obs, chunks, abar):
     else:
         u = torch.rand(len(obs), 1, device=obs.device)  # 0 is noise, 1 is data
         x, target, t = (1 - u) * noise + u * chunks, chunks - noise, u[:, 0] * decoder.config["train_steps"]
-    return F.mse_loss(decoder.network(x, decoder.embed_time(t), obs), target)
+    return nn.functional.mse_loss(decoder.network(x, decoder.embed_time(t), obs), target)
+
+
+# --- end shared: behaviour cloning ---
 
 
 def stopped(number, frame):
@@ -558,6 +572,10 @@ if __name__ == "__main__":
             "frozen_success": float(result["success"].mean()), "frozen_length": float(result["length"].mean()),
             "eval_episodes": args.eval_episodes, "eval_seed": 10_000,
         }  # fmt: skip
+        routes = {getattr(env.unwrapped, "mode", -1) for env in envs} - {
+            -1
+        }  # of the successes, where there are several
+        card |= {"frozen_modes": len(routes)} if routes else {}
         print(
             f"frozen: return {card['frozen_return']:.0f} +- {card['frozen_return_std']:.0f}, success "
             f"{card['frozen_success']:.2f}, length {card['frozen_length']:.0f}, {args.eval_episodes} episodes"

@@ -198,7 +198,7 @@ class ActionChunk(gym.Wrapper):
     """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
     `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode), episode (return and length, at its end).
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells.
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
@@ -227,7 +227,7 @@ class ActionChunk(gym.Wrapper):
             self.succeeded |= bool(info.get("success", truncated and not terminated))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = {"steps": steps, "success": self.succeeded} | {k: info[k] for k in info if k == "episode"}
+        info = (info if terminated or truncated else {}) | {"steps": steps, "success": self.succeeded}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -236,6 +236,8 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
     return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
 
 
+# --- end shared: environment ---
+# --- shared: environment state ---
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
@@ -253,7 +255,7 @@ def env_state(env, state: dict | None = None) -> dict:
     return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
 
 
-# --- end shared: environment ---
+# --- end shared: environment state ---
 # --- shared: decoder ---
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
@@ -320,7 +322,7 @@ class Decoder(nn.Module):
 
 
 # --- end shared: decoder ---
-# --- shared: decoder file, networks, replay ---
+# --- shared: decoder file ---
 def load_decoder(args: Args):
     """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
     name = args.env_id.rsplit("-v", 1)[0].lower()
@@ -370,6 +372,8 @@ def from_dppo(file: dict, action_dim: int, args: Args) -> dict:
     return {"config": config, "model": weights, "card": {}}
 
 
+# --- end shared: decoder file ---
+# --- shared: networks ---
 def mlp(n_in: int, n_out: int, args: Args):
     """[Linear, LayerNorm, Tanh] x num_layers and a linear head, as DSRL's actor and critics."""
     sizes = [n_in] + [args.hidden_size] * args.num_layers
@@ -377,6 +381,8 @@ def mlp(n_in: int, n_out: int, args: Args):
     return nn.Sequential(*trunk, nn.Linear(sizes[-1], n_out))
 
 
+# --- end shared: networks ---
+# --- shared: critics, replay ---
 class TwinCritic(nn.ModuleList):
     """Two independent networks for Q^A(s, a) or Q^W(s, w): obs (B, obs_dim), x (B, d) -> (2, B)."""
 
@@ -405,7 +411,8 @@ class Replay:
         return {name: column[index] for name, column in self.data.items()}
 
 
-# --- end shared: decoder file, networks, replay ---
+# --- end shared: critics, replay ---
+# --- shared: noise policy and its updates ---
 class Agent(nn.Module):
     """The frozen decoder and everything that is learned around it: the noise policy, the critics, alpha."""
 
@@ -498,6 +505,7 @@ def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
     return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
 
 
+# --- end shared: noise policy and its updates ---
 # --- shared: distillation ---
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
@@ -555,7 +563,7 @@ def evaluate(policy, envs: list, seed: int, device) -> dict:
 
 
 # --- end shared: evaluation ---
-# --- shared: run folder ---
+# --- shared: files ---
 def save(path: Path, write) -> None:
     """write(temporary file), then rename: a crash, kill -9 or a full disk leaves what was there before whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -609,6 +617,8 @@ def load_checkpoint(run: Path, agent, replay) -> dict:
         return state["loop"]
 
 
+# --- end shared: files ---
+# --- shared: run folder ---
 if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)

@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 import yaml
 from matplotlib.ticker import LogLocator, NullFormatter
+from run import read_csv
 from tyro.conf import Positional
 
 HERE = Path(__file__).resolve().parent
@@ -63,16 +64,6 @@ def interval(statistic, *strata, draws: int = 10_000):
 
 
 # --- Reading ---
-def read_csv(path: Path) -> dict:
-    """column -> float array, nan where a cell is empty; ValueError where lines are cut off or missing."""
-    text = path.read_text()
-    header, *lines = text.splitlines() or [""]
-    if not lines or not text.endswith("\n"):
-        raise ValueError("no row, or the last one is cut off")
-    cells = np.array([[float(c or "nan") for c in line.split(",")] for line in lines])
-    return dict(zip(header.split(","), cells.T, strict=True))
-
-
 def read(folder: Path, label: str) -> dict:
     """One run: its .json, every evaluation episode, curves to draw, means for the table. Raises where it is damaged."""
     r, m = json.loads((folder / f"{label}.json").read_text()), read_csv(folder / f"{label}.csv")

@@ -145,7 +145,10 @@ def newest(home: Path):
 
 def read_csv(path: Path) -> dict:
     """column -> float array, nan where a cell is empty; ValueError where lines are cut off or missing."""
-    header, *lines = path.read_text().splitlines() or [""]
+    text = path.read_text()
+    header, *lines = text.splitlines() or [""]
+    if not lines or not text.endswith("\n"):
+        raise ValueError("no row, or the last one is cut off")
     cells = np.array([[float(c or "nan") for c in line.split(",")] for line in lines])
     return dict(zip(header.split(","), cells.T, strict=True))
 

@@ -1,8 +1,8 @@
-"""Copies every shared block out of lpds_continuous.py into the files that have a block of the same name.
+"""Copies every shared block out of the first of MODELS that has it into the files that have a block of the same name.
 
 python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
 
-It also writes the differences between lpds_continuous.py and its baselines into docs/baselines.md.
+It also writes the differences between the scripts and their baselines into docs/.
 """
 
 import difflib
@@ -10,6 +10,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = (
+    "lpds_continuous.py",
+    "lpds_toy.py",
+    "baselines/dsrl_continuous.py",
+)  # the first one that has a block has it right
 BLOCK = re.compile(
     r"^ *# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^ *# --- end shared: (?P=name) ---\n", re.M | re.S
 )
@@ -28,11 +33,20 @@ def blocks(text: str) -> dict[str, str]:
     return found
 
 
+def model_blocks() -> dict[str, str]:
+    """Name -> text of every shared block, as all files should have it."""
+    found = {}
+    for model in MODELS:
+        found = blocks((ROOT / model).read_text()) | found
+    return found
+
+
 def with_diffs(page: str) -> str:
     """`page` with the diff of each baseline after its mark `<!-- diff of NAME ... -->`, up to the end of that block."""
 
     def block(match):
-        a, b = ROOT / "lpds_continuous.py", ROOT / "baselines" / match["name"]
+        b = ROOT / "baselines" / match["name"]
+        a = ROOT / b.name.replace("dsrl", "lpds")
         texts = (path.read_text().splitlines() for path in (a, b))
         lines = difflib.unified_diff(*texts, a.name, f"baselines/{b.name}", n=0, lineterm="")
         return match["mark"] + "\n```diff\n" + "\n".join(lines) + "\n```\n<!-- end of diff -->\n"
@@ -42,7 +56,7 @@ def with_diffs(page: str) -> str:
 
 
 if __name__ == "__main__":
-    model = blocks((ROOT / "lpds_continuous.py").read_text())
+    model = model_blocks()
     for path in scripts():
         text = path.read_text()
         for name in blocks(text).keys() & model.keys():
@@ -51,5 +65,5 @@ if __name__ == "__main__":
                 text = text[: old.start("body")] + model[name] + text[old.end("body") :]
                 print(f"{path.name}: {name} updated")
         path.write_text(text)
-    page = ROOT / "docs" / "baselines.md"
-    page.write_text(with_diffs(page.read_text()))
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        page.write_text(with_diffs(page.read_text()))

@@ -5,6 +5,7 @@ twice as a process of its own. All data is made here.
 """
 
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -507,7 +508,7 @@ def test_files_that_cannot_be_read(npz, script, tmp_path):
     (tmp_path / "data.csv").write_text("1,2\n")
     refused(script(tmp_path / "data.csv"), "--data", "data.csv: unknown kind of file", ".hdf5")
     refused(script(tmp_path / "none.npz"), "--data", "none.npz: no such file")
-    refused(script(tmp_path), f"--data {tmp_path}: no such file")
+    refused(script(tmp_path), f"--data {tmp_path}: a folder without *.pkl")
 
 
 class Evil:
@@ -683,3 +684,46 @@ def test_cards_table(hopper, npz, script, tmp_path):
     assert (b["file"], b["kind"], b["frozen return"], b["episodes"]) == ("b.pt", "flow", "", "")
     done = subprocess.run(command[:-1] + [tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+# --- D3IL's Avoiding demonstrations ---
+def d3il_folder(folder, lengths=(9, 12, 7)):
+    """Files as D3IL stores them, in the protocols that are about; the desired xy of each."""
+    folder.mkdir()
+    rng, desired = np.random.default_rng(0), []
+    for i, n in enumerate(lengths):
+        robot = {key: rng.standard_normal((n, 3)) for key in ("des_c_pos", "c_pos", "j_pos")}
+        (folder / f"env_{i:03}.pkl").write_bytes(pickle.dumps({"robot": robot}, protocol=(2, 4, 5)[i % 3]))
+        desired.append(robot)
+    return folder, desired
+
+
+def test_a_d3il_folder_pairs_positions_with_the_next_move(tmp_path):
+    folder, robots = d3il_folder(tmp_path / "d3il")
+    for (obs, actions), robot in zip(pb.read_d3il(str(folder)), robots, strict=True):
+        np.testing.assert_array_equal(obs[:, :2], robot["des_c_pos"][:-1, :2])
+        np.testing.assert_array_equal(obs[:, 2:], robot["c_pos"][:-1, :2])
+        np.testing.assert_allclose(obs[:-1, :2] + actions[:-1], obs[1:, :2], atol=1e-12)
+        np.testing.assert_allclose(obs[-1, :2] + actions[-1], robot["des_c_pos"][-1, :2], atol=1e-12)
+
+
+def test_a_d3il_folder_is_cloned(script, tmp_path):
+    code, _, error, output = script(d3il_folder(tmp_path / "d3il")[0])
+    assert code == 0, error
+    config = torch.load(output, weights_only=True)["config"]
+    assert (config["obs_dim"], config["action_dim"]) == (4, 2)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_what_a_d3il_pickle_asks_for_is_not_run(script, tmp_path, protocol):
+    folder, _ = d3il_folder(tmp_path / "d3il")
+    (folder / "env_999.pkl").write_bytes(pickle.dumps({"robot": Evil(tmp_path / "proof")}, protocol=protocol))
+    refused(script(folder), f"--data {folder}: cannot be read")
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("robot", [{}, {"des_c_pos": np.zeros((5, 3))}, {"des_c_pos": 1, "c_pos": 2}])
+def test_a_d3il_pickle_without_the_arrays(script, tmp_path, robot):
+    folder, _ = d3il_folder(tmp_path / "d3il")
+    (folder / "env_999.pkl").write_bytes(pickle.dumps({"robot": robot}))
+    refused(script(folder), f"--data {folder}: cannot be read")

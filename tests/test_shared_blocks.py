@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from sync_shared_blocks import ROOT, blocks, scripts, with_diffs
+from sync_shared_blocks import ROOT, blocks, model_blocks, scripts, with_diffs
 
 # Budgets in lines. lpds_continuous.py is above the 650 it was given: every contract it keeps has its lines in it
 LIMIT = {"lpds_continuous.py": 770, "dsrl_continuous.py": 770, "lpds_toy.py": 450}
@@ -11,21 +11,21 @@ LIMIT = {"lpds_continuous.py": 770, "dsrl_continuous.py": 770, "lpds_toy.py": 45
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
 def test_blocks_are_those_of_the_model_script(path):
-    model = blocks((ROOT / "lpds_continuous.py").read_text())
+    model = model_blocks()
     for name, body in blocks(path.read_text()).items():
-        if name in model:
-            assert body == model[name], f"{path.name}: '{name}' has drifted; run python tests/sync_shared_blocks.py"
+        assert body == model[name], f"{path.name}: '{name}' has drifted; run python tests/sync_shared_blocks.py"
 
 
-def test_the_page_shows_the_diff_as_it_is():
-    page = (ROOT / "docs" / "baselines.md").read_text()
-    assert page.count("```diff") == len(list((ROOT / "baselines").glob("*.py")))
-    assert with_diffs(page) == page, "run python tests/sync_shared_blocks.py"
+def test_the_pages_show_the_diffs_as_they_are():
+    pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    assert sum(page.count("```diff") for page in pages) == len(list((ROOT / "baselines").glob("*.py")))
+    assert [with_diffs(page) for page in pages] == pages, "run python tests/sync_shared_blocks.py"
 
 
 def test_blocks_are_found_and_open_ones_refused():
-    names = {"settings", "command line", "errors", "environment", "decoder", "decoder file, networks, replay"}
-    names |= {"distillation", "evaluation", "run folder", "step", "end"}
+    names = {"settings", "command line", "errors", "environment", "environment state", "decoder", "decoder file"}
+    names |= {"networks", "critics, replay", "agent and its updates", "distillation", "evaluation", "files"}
+    names |= {"run folder", "step", "end"}
     assert set(blocks((ROOT / "lpds_continuous.py").read_text())) == names
     with pytest.raises(ValueError):
         blocks("# --- shared: a ---\nx = 1\n# --- end shared: b ---\n")

@@ -1,0 +1,146 @@
+"""Figures of lpds_toy.py.
+
+python benchmark/plot_toy.py runs/SWEEP      # figure.png: ways taken, modes, constraint, over deltas and methods
+python benchmark/plot_toy.py runs/RUN        # states.png: where in the plane a run spends its budget
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from run import read_csv
+from tyro.conf import Positional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+import lpds_toy  # noqa: E402
+from lpds_toy import Avoiding, MultiGoalVector, require, save  # noqa: E402
+
+GOALS = [tuple(goal) for goal in MultiGoalVector.GOALS.astype(int).tolist()]
+
+
+def read(folder: Path) -> tuple:
+    """(settings of the sweep, label -> [run of each seed, ...]); a run's keys are those of metrics.csv and eval.npz."""
+    runs = {}
+    for file in sorted(folder.glob("*__*/*__*/eval.npz")):
+        with np.load(file, allow_pickle=False) as arrays:
+            run = read_csv(file.with_name("metrics.csv")) | {f"eval.{key}": arrays[key] for key in arrays.files}
+        args = run["args"] = json.loads(file.with_name("args.json").read_text())
+        if "delta" in args:
+            delta = args["delta"] * (2 if args["delta_norm"] == "mean" else 1)
+            run["start/delta"] = run["trust_region/start_sq_norm"] / delta
+            run["ratio"] = run["trust_region/violation"] + 1
+        runs.setdefault(file.parents[1].name.rpartition("__")[0], []).append(run)
+    require(runs, f"{folder}: holds no runs; give the folder of a sweep of lpds_toy.py")
+    order = sorted(runs, key=lambda label: (label == "dsrl", runs[label][0]["args"].get("delta")))
+    return json.loads((folder / "args.json").read_text()), {label: runs[label] for label in order}
+
+
+def draw_ways(axis, world: str, paths, modes) -> None:
+    """At most 100 episodes in the plane, in the colour of the goal or route; failures are grey."""
+    for path, mode in zip(paths[:100], modes):
+        axis.plot(*path.T, color="0.7" if mode < 0 else f"C{mode % 10}", linewidth=0.5, alpha=0.7)
+    for x, y, radius in Avoiding.POSTS if world == "Avoiding" else [(*goal, 0.2) for goal in GOALS]:
+        axis.add_patch(Circle((x, y), radius, fill=world == "Avoiding", color="0.2", linewidth=0.8, zorder=3))
+    limits = [(0.15, 0.85), (-0.32, 0.55)] if world == "Avoiding" else [(-1.6, 1.6)] * 2
+    axis.set(xlim=limits[0], ylim=limits[1], aspect="equal", xticks=[], yticks=[])
+
+
+def draw(folder: Path) -> Path:
+    """figure.png of a sweep: ways of its first seed; what happened to modes and constraint, mean and single seeds."""
+    args, runs = read(folder)
+    world = args["env_id"]
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    colors = {label: "black" if label == "dsrl" else shades[i] for i, label in enumerate(runs)}
+    names = {label: label.upper() if label == "dsrl" else label.replace("delta-", "$\\delta$ = ") for label in runs}
+    figure = Figure((max(2.2 * (len(runs) + 1), 9), 8.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 5])
+
+    some = next(iter(runs.values()))[0]
+    axes = top.subplots(1, len(runs) + 1)
+    draw_ways(axes[0], world, some["eval.path"][0], some["eval.mode"][0])
+    axes[0].set_title("frozen")
+    for axis, (label, members) in zip(axes[1:], runs.items()):
+        draw_ways(axis, world, members[0]["eval.path"][1], members[0]["eval.mode"][-1])
+        axis.set_title(names[label])
+
+    panels = {f"share of goal {goal}": i for i, goal in enumerate(GOALS)} | {"return": "eval/episodic_return"}
+    if world == "Avoiding":
+        panels = {"success": "eval/success", "return": "eval/episodic_return", "routes among successes": "eval/modes"}
+        panels |= {"entropy of the routes (log 24)": "eval/mode_entropy", "largest share": "eval/mode_max"}
+    panels |= {r"$E\|\Delta\|^2 / \delta$": "ratio", r"$\|\Delta(start)\|^2 / \delta$": "start/delta"}
+    panels |= {r"$\alpha$": "trust_region/alpha"}
+    for axis, (title, key) in zip(bottom.subplots(2, 4).flat, panels.items()):
+        axis.set_title(title, fontsize=10)
+        for label, members in runs.items():
+            curves = [(run["eval.mode"] == key).mean(1) if isinstance(key, int) else run.get(key) for run in members]
+            if curves[0] is None:  # DSRL has no constraint
+                continue
+            n = min(map(len, curves))
+            style = {"color": colors[label], "linestyle": "--" if label == "dsrl" else "-"}
+            for curve in curves:
+                axis.plot(members[0]["global_step"][:n], curve[:n], **style, linewidth=0.5, alpha=0.5)
+            mean = np.mean([curve[:n] for curve in curves], 0)
+            axis.plot(members[0]["global_step"][:n], mean, **style, linewidth=1.8, label=names[label])
+        if isinstance(key, int):
+            axis.set_ylim(0, 1)
+        if key in ("ratio", "start/delta", "trust_region/alpha"):
+            axis.set_yscale("log")
+    handles, texts = bottom.axes[4].get_legend_handles_labels()
+    bottom.legend(handles, texts, loc="outside lower center", ncols=len(runs))
+    seeds = f"seeds {args['seed']} to {args['seed'] + args['seeds'] - 1}"
+    figure.suptitle(f"{world}, {seeds}; above the ways of seed {args['seed']} after {args['total_timesteps']:,} steps")
+    save(folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=130))
+    return folder / "figure.png"
+
+
+@torch.no_grad()
+def draw_states(run: Path) -> Path:
+    """states.png of a MultiGoal run: ||Delta(s)||^2 / delta over the plane, and where it moves noise at some states."""
+    args = lpds_toy.Args(**json.loads((run / "args.json").read_text()) | {"resume": str(run)})
+    require(args.env_id == "MultiGoal", f"{run}: is not of MultiGoal, the only world that fits into a plane")
+    decoder, *_ = lpds_toy.load_decoder(args)
+    agent = lpds_toy.Agent(args, decoder)
+    agent.load_state_dict(lpds_toy.read_tensors(run / "checkpoint.pt", "RUN")["agent"])
+    grid = torch.linspace(-2, 2, 81)
+    obs = torch.cartesian_prod(grid, grid)
+    shift = agent.perturbation(obs)
+    spent = shift.square().sum(1) / (args.delta * (2 if args.delta_norm == "mean" else 1))
+    figure = Figure((12, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels = spent.view(81, 81).T.clamp(1e-2).log10()
+    image = left.imshow(levels, origin="lower", extent=(-2, 2, -2, 2), cmap="viridis")
+    figure.colorbar(image, ax=left, label=r"log$_{10}$ of $\|\Delta(s)\|^2 / \delta$")
+    few = slice(None, None, 8)
+    x, y, u, v = (column.view(81, 81)[few, few] for column in (*obs.T, *shift.T))
+    left.quiver(x, y, u, v, color="white", angles="xy")
+    left.set_title("where the budget goes; arrows: Delta(s)")
+    noise = torch.randn(1_000, 2, generator=torch.Generator().manual_seed(0))
+    for name, w, color in (("frozen", noise, "0.6"), ("steered", agent.steer(torch.zeros(1_000, 2), noise), "C0")):
+        action = decoder(torch.zeros(1_000, 2), w)
+        right.scatter(*w.T, s=4, color=color, label=f"noise at the start, {name}")
+        right.scatter(*(action + torch.tensor([6.0, 0.0])).T, s=4, color=color, marker="x")
+    right.set(aspect="equal", title="noise w at the start (left), actions it becomes (right, crosses)")
+    right.legend(fontsize=8)
+    save(run / "states.png", lambda file: figure.savefig(file, format="png", dpi=130))
+    return run / "states.png"
+
+
+def main(folder: Positional[Path]):
+    """Draws the figure of a sweep, or the states of one run.
+
+    Args:
+        folder: of a sweep or of a run of lpds_toy.py
+    """
+    require((folder / "args.json").is_file(), f"{folder}: has no args.json; give a folder that lpds_toy.py has made")
+    print(draw_states(folder) if (folder / "checkpoint.pt").is_file() else draw(folder))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
