@@ -487,11 +487,8 @@ def load_decoder(args: Args):
         config, stats = file["config"], {key: np.asarray(v, np.float64) for key, v in file["normalization"].items()}
         decoder = Decoder(config)
         decoder.load_state_dict(file["model"])
-        env = gym.make(f"{args.env_id}-v0")
-        sizes, found = (
-            [*env.observation_space.shape, *env.action_space.shape],
-            [config["obs_dim"], config["action_dim"]],
-        )
+        env, found = gym.make(f"{args.env_id}-v0"), [config["obs_dim"], config["action_dim"]]
+        sizes = [*env.observation_space.shape, *env.action_space.shape]
     require(sizes == found, f"--backbone {path}: has (obs, action) sizes {found}, {args.env_id} {sizes}; give another")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return decoder.freeze(), stats, dict(file.get("card", {})) | {"path": str(path), "checksum": checksum}
@@ -916,7 +913,7 @@ if __name__ == "__main__":
                 alive[i] = False
             loop["global_step"] += int(np.sum(now * (infos.get("steps", 0) + final.get("steps", 0))))
 
-            # (3) Store. differs from DSRL: only `terminated` stops the bootstrap, a time limit does not
+            # (3) Store. differs from DSRL: only terminated stops the bootstrap, a time limit does not
             columns = dict(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
             replay.add(**{name: torch.as_tensor(column[now]) for name, column in columns.items()})
             obs, trained = next_obs, loop["global_step"] - args.prior_steps

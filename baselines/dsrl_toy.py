@@ -48,8 +48,8 @@ from entropy import knn_entropy  # noqa: E402
 @dataclass
 class Args:
     # DSRL
-    variant: Literal["na", "sac"] = "na"
-    """na: Q^A on actions, distilled into Q^W on noise; sac: one critic on noise, learned by TD, no distillation"""
+    variant: Literal["na"] = "na"
+    """na: Q^A on actions, distilled into Q^W on noise; for sac see dsrl_continuous.py"""
     noise_bound: float = 1.5
     """b, half the side of the box of w"""
     alpha_init: float = 1.0
@@ -469,11 +469,8 @@ def load_decoder(args: Args):
         config, stats = file["config"], {key: np.asarray(v, np.float64) for key, v in file["normalization"].items()}
         decoder = Decoder(config)
         decoder.load_state_dict(file["model"])
-        env = gym.make(f"{args.env_id}-v0")
-        sizes, found = (
-            [*env.observation_space.shape, *env.action_space.shape],
-            [config["obs_dim"], config["action_dim"]],
-        )
+        env, found = gym.make(f"{args.env_id}-v0"), [config["obs_dim"], config["action_dim"]]
+        sizes = [*env.observation_space.shape, *env.action_space.shape]
     require(sizes == found, f"--backbone {path}: has (obs, action) sizes {found}, {args.env_id} {sizes}; give another")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return decoder.freeze(), stats, dict(file.get("card", {})) | {"path": str(path), "checksum": checksum}
@@ -877,7 +874,7 @@ if __name__ == "__main__":
                 alive[i] = False
             loop["global_step"] += int(np.sum(now * (infos.get("steps", 0) + final.get("steps", 0))))
 
-            # (3) Store. differs from DSRL: only `terminated` stops the bootstrap, a time limit does not
+            # (3) Store. differs from DSRL: only terminated stops the bootstrap, a time limit does not
             columns = dict(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
             replay.add(**{name: torch.as_tensor(column[now]) for name, column in columns.items()})
             obs, trained = next_obs, loop["global_step"] - args.prior_steps

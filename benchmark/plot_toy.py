@@ -1,12 +1,16 @@
 """Figures of lpds_toy.py.
 
-python benchmark/plot_toy.py runs/SWEEP      # figure.png: ways taken, modes, constraint, over deltas and methods
-python benchmark/plot_toy.py runs/RUN        # states.png: where in the plane a run spends its budget
+python benchmark/plot_toy.py runs/SWEEP              # figure.png: ways, modes, constraint; table.md: numbers
+python benchmark/plot_toy.py runs/SWEEP --keep DIR   # and copies what they need, small enough to commit, into DIR
+python benchmark/plot_toy.py runs/RUN                # states.png: where in the plane a run spends its budget
 """
 
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib
 import numpy as np
@@ -100,6 +104,55 @@ def draw(folder: Path) -> Path:
     return folder / "figure.png"
 
 
+def table(folder: Path) -> Path:
+    """table.md of a sweep: a row for each delta or method, in each cell the seeds one by one, averaged over the last
+    fifth of their evaluations."""
+    args, runs = read(folder)
+    n = {"MultiGoal": 4, "Avoiding": 24}[args["env_id"]]
+
+    def late(run, key):  # what follows the noise of single evaluations
+        values = run[key][-max(len(run[key]) // 5, 1) :] if key in run else [np.nan]
+        return np.nanmean(values) if np.isfinite(values).any() else np.nan
+
+    def shares(run):  # (evaluations, modes), of the successes
+        mode = run["eval.mode"]
+        return np.stack([(mode == i).sum(1) for i in range(n)], 1) / np.maximum((mode >= 0).sum(1), 1)[:, None]
+
+    columns = {
+        "return": lambda run: f"{late(run, 'eval/episodic_return'):.1f}",
+        "success": lambda run: f"{late(run, 'eval/success'):.2f}",
+        "largest share": lambda run: f"{late(run, 'eval/mode_max'):.2f}",
+        "its highest": lambda run: f"{run['eval/mode_max'].max():.2f}",
+        "modes above 5 % at the end": lambda run: f"{(shares(run)[-1] >= 0.05).sum()}",
+        f"entropy (log {n})": lambda run: f"{late(run, 'eval/mode_entropy'):.2f}",
+        "E\\|\\|Delta\\|\\|^2 / delta": lambda run: f"{late(run, 'ratio'):.2f}",
+        "\\|\\|Delta(start)\\|\\|^2 / delta": lambda run: f"{late(run, 'start/delta'):.1f}",
+    }
+    if args["env_id"] == "Avoiding":
+        columns["modes above 5 % at the end"] = lambda run: f"{run['eval/modes'][-1]:.0f}"
+        columns["routes at the end"] = columns.pop("modes above 5 % at the end")
+    rows = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for label, members in runs.items():
+        cells = (", ".join(column(run) for run in members).replace("nan", "-") for column in columns.values())
+        rows.append([label.upper() if label == "dsrl" else label.replace("-", " "), *cells])
+    first = next(iter(runs.values()))[0]
+    frozen = [f"{first['eval/frozen_return'][0]:.1f}", f"{first['eval/frozen_success'][0]:.2f}"]
+    frozen += [f"{first[key][0]:.2f}" for key in ("eval/mode_max", "eval/mode_max")]
+    rows.insert(2, ["frozen", *frozen, *["-"] * (len(columns) - 4)])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    save(folder / "table.md", lambda file: file.write_text(text))
+    return folder / "table.md"
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Copies what `draw` and `table` read: settings, metrics and evaluations, no checkpoints."""
+    for pattern in ("args.json", "*__*/*__*/args.json", "*__*/*__*/metrics.csv", "*__*/*__*/eval.npz"):
+        for file in folder.glob(pattern):
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            save(copy, partial(shutil.copy, file))
+
+
 @torch.no_grad()
 def draw_states(run: Path) -> Path:
     """states.png of a MultiGoal run: ||Delta(s)||^2 / delta over the plane, and where it moves noise at some states."""
@@ -132,14 +185,20 @@ def draw_states(run: Path) -> Path:
     return run / "states.png"
 
 
-def main(folder: Positional[Path]):
+def main(folder: Positional[Path], keep_in: Annotated[Path | None, tyro.conf.arg(name="keep")] = None):
     """Draws the figure of a sweep, or the states of one run.
 
     Args:
         folder: of a sweep or of a run of lpds_toy.py
+        keep_in: folder for a small copy of the sweep, which is what is drawn then
     """
     require((folder / "args.json").is_file(), f"{folder}: has no args.json; give a folder that lpds_toy.py has made")
-    print(draw_states(folder) if (folder / "checkpoint.pt").is_file() else draw(folder))
+    if (folder / "checkpoint.pt").is_file():
+        print(draw_states(folder))
+        return
+    if keep_in:
+        keep(folder, keep_in)
+    print(draw(keep_in or folder), table(keep_in or folder))
 
 
 if __name__ == "__main__":

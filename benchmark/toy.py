@@ -94,4 +94,4 @@ def sweep(args) -> Path:
 
 if __name__ == "__main__":
     folder = sweep(lpds_toy.parse_args())
-    print(f"finished: {plot_toy.draw(folder)}")
+    print(f"finished: {plot_toy.draw(folder)}, {plot_toy.table(folder)}")
