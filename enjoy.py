@@ -345,6 +345,7 @@ if __name__ == "__main__":
         print("note: no evaluation has beaten step 0, where Delta is 0; see --checkpoint last", file=sys.stderr)
 
     def make(**kwargs):
+        kwargs |= script.env_kwargs(run_args) if hasattr(script, "env_kwargs") else {}  # lpds_toy.py: reward, start
         return script.make_env(run_args.env_id, config["chunk"], normalization, **kwargs)
 
     # Both policies play the same episodes: same starts, same noise draws. The first ones are filmed as they happen.

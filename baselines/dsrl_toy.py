@@ -62,8 +62,8 @@ class Args:
     """four goals in the plane, or 24 routes around six posts (MuJoCo)"""
     start_std: float = 0.0
     """MultiGoal: spread of the start around the origin; 0.05 already fixes the mode before steering can"""
-    reward: Literal["dppo", "sparse"] = "dppo"
-    """Avoiding: DPPO's reward, 1 for every action behind the line, or 1 once, which ends the episode"""
+    reward: Literal["sparse", "dppo"] = "sparse"
+    """Avoiding: DPPO's, 1 for every action behind the line, or 1 once, which ends the episode, as a contact does"""
     decoder: Literal["flow", "diffusion"] = "flow"
     """MultiGoal: kind of the decoder, cloned on first use and then kept in --run-dir"""
     backbone: str = ""
@@ -121,7 +121,7 @@ class Args:
 
 # What a world fills in where the user set nothing
 PRESETS = {"MultiGoal": {}, "Avoiding": dict(total_timesteps=50_000, eval_every=5_000)}
-PRESETS["Avoiding"] |= dict(eval_episodes=100, hidden_size=128, prior_steps=5_000, utd=10)
+PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, prior_steps=5_000, utd=5)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps start_std seed".split(), 0) | dict(target_entropy=-1e99)
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
 
@@ -670,11 +670,16 @@ def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
 
 # --- end shared: distillation ---
 # --- shared: toy evaluation ---
+def env_kwargs(args: Args) -> dict:
+    """What gym.make gets besides the name, here and in enjoy.py."""
+    return {"start_std": args.start_std} if args.env_id == "MultiGoal" else {"reward": args.reward}
+
+
 def make_envs(n: int, args: Args, decoder: Decoder, normalization: dict):
     """n environments as one; MultiGoal's step is one of numpy's for all of them."""
     if args.env_id == "MultiGoal":
-        return gym.make_vec("MultiGoal-v0", n, "vector_entry_point", start_std=args.start_std)
-    make = partial(make_env, f"{args.env_id}-v0", decoder.config["chunk"], normalization, reward=args.reward)
+        return gym.make_vec("MultiGoal-v0", n, "vector_entry_point", **env_kwargs(args))
+    make = partial(make_env, f"{args.env_id}-v0", decoder.config["chunk"], normalization, **env_kwargs(args))
     return gym.vector.SyncVectorEnv([make] * n, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 

@@ -37,7 +37,9 @@ def read(folder: Path) -> tuple:
             run = read_csv(file.with_name("metrics.csv")) | {f"eval.{key}": arrays[key] for key in arrays.files}
         args = run["args"] = json.loads(file.with_name("args.json").read_text())
         if "delta" in args:
-            delta = args["delta"] * (2 if args["delta_norm"] == "mean" else 1)
+            delta = args["delta"] * (
+                {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
+            )
             run["start/delta"] = run["trust_region/start_sq_norm"] / delta
             run["ratio"] = run["trust_region/violation"] + 1
         runs.setdefault(file.parents[1].name.rpartition("__")[0], []).append(run)
