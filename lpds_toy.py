@@ -136,7 +136,7 @@ class Args:
 # --- end shared: toy settings ---
 
 
-# What a world fills in where the user set nothing. Avoiding: the mean, as a sum of 0.3 over 8 coordinates changes little
+# What a world fills in where the user set nothing. Avoiding: the mean, as a sum of 0.3 over d = 8 changes little
 PRESETS = {"MultiGoal": {}, "Avoiding": dict(deltas=(0.01, 0.05, 0.3), total_timesteps=50_000, eval_every=5_000)}
 PRESETS["Avoiding"] |= dict(delta_norm="mean")
 PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, prior_steps=5_000, utd=5)
