@@ -1,6 +1,6 @@
 """What limits the committed decoders: their noise, or that a chunk cannot react to it?
 
-Every decoder of backbones/ plays the same episodes with its chunk executed open loop, as it is used; replanned after
+Every locomotion decoder of backbones/ plays the same episodes with its chunk executed open loop, as it is used; replanned after
 every single action; with half the noise; with none; and with 10 sampling steps. Writes benchmark/results/decoders.json
 and .md.
 
@@ -71,7 +71,7 @@ def main(episodes: int = 40, table: bool = False, out: Path = ROOT / "benchmark"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         file = {"date": time.strftime("%Y-%m-%d"), "episodes": episodes, "decoders": {},
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}  # fmt: skip
-        for path in sorted((ROOT / "backbones").glob("*.pt")):
+        for path in sorted((ROOT / "backbones").glob("*-v4-*.pt")):
             file["decoders"][path.stem] = {name: play(path, *mode, episodes) for name, mode in MODES.items()}
             print(path.stem, file["decoders"][path.stem], flush=True)
         out.write_text(json.dumps(file, indent=1) + "\n")

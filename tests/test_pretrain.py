@@ -1,4 +1,4 @@
-"""pretrain_backbone.py: four sources of data, the file it writes, its two losses by hand, and whether it learns.
+"""pretrain_backbone.py: five sources of data, the file it writes, its two losses by hand, and whether it learns.
 
 The script runs as it would from the command line, most of the time inside this process (an import of torch less), and
 twice as a process of its own. All data is made here.
