@@ -1,8 +1,8 @@
 """What limits the committed decoders: their noise, or that a chunk cannot react to it?
 
-Every locomotion decoder of backbones/ plays the same episodes with its chunk executed open loop, as it is used; replanned after
-every single action; with half the noise; with none; and with 10 sampling steps. Writes benchmark/results/decoders.json
-and .md.
+Every locomotion decoder of backbones/ plays the same episodes with its chunk executed open loop, as it is used;
+replanned after every single action; with half the noise; with none; and with 10 sampling steps. Writes
+benchmark/results/decoders.json and .md.
 
 python benchmark/decoders.py                 # a quarter of an hour on one core
 python benchmark/decoders.py --table         # the table alone, from the .json
