@@ -91,8 +91,8 @@ class Args:
     """environments stepped together"""
     prior_steps: int = 2_000
     """steps of the frozen policy before any training"""
-    warmup_steps: int = 0
-    """steps after those in which only the critics learn"""
+    warmup_steps: int = 3_000
+    """steps after those in which only the critics learn; without, alpha sinks too low, as nothing pulls at Delta yet"""
     seed: int = 1
     """seed of networks and noise; runs on a CPU repeat to the bit"""
     device: str = "cpu"
@@ -138,8 +138,8 @@ class Args:
 
 # What a world fills in where the user set nothing. Avoiding: the mean, as a sum of 0.3 over d = 8 changes little
 PRESETS = {"MultiGoal": {}, "Avoiding": dict(deltas=(0.01, 0.05, 0.3), total_timesteps=50_000, eval_every=5_000)}
-PRESETS["Avoiding"] |= dict(delta_norm="mean")
-PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, prior_steps=5_000, utd=5)
+PRESETS["Avoiding"] |= dict(delta_norm="mean", prior_steps=5_000, warmup_steps=5_000)
+PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, utd=5)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps start_std seed alpha_init alpha_lr".split(), 0)
 BACKBONES = Path(__file__).parent / "backbones"
 SWEEP = Path(__file__).parent / "benchmark" / "toy.py"

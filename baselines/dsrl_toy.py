@@ -74,8 +74,8 @@ class Args:
     """environments stepped together"""
     prior_steps: int = 2_000
     """steps of the frozen policy before any training"""
-    warmup_steps: int = 0
-    """steps after those in which only the critics learn"""
+    warmup_steps: int = 3_000
+    """steps after those in which only the critics learn; without, alpha sinks too low, as nothing pulls at Delta yet"""
     seed: int = 1
     """seed of networks and noise; runs on a CPU repeat to the bit"""
     device: str = "cpu"
@@ -121,7 +121,8 @@ class Args:
 
 # What a world fills in where the user set nothing
 PRESETS = {"MultiGoal": {}, "Avoiding": dict(total_timesteps=50_000, eval_every=5_000)}
-PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, prior_steps=5_000, utd=5)
+PRESETS["Avoiding"] |= dict(prior_steps=5_000, warmup_steps=5_000)
+PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, utd=5)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps start_std seed".split(), 0) | dict(target_entropy=-1e99)
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
 

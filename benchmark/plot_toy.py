@@ -76,13 +76,17 @@ def draw(folder: Path) -> Path:
         draw_ways(axis, world, members[0]["eval.path"][1], members[0]["eval.mode"][-1])
         axis.set_title(names[label])
 
-    panels = {f"share of goal {goal}": i for i, goal in enumerate(GOALS)} | {"return": "eval/episodic_return"}
+    panels = {f"share of goal {goal}": i for i, goal in enumerate(GOALS)}
     if world == "Avoiding":
-        panels = {"success": "eval/success", "return": "eval/episodic_return", "routes among successes": "eval/modes"}
-        panels |= {"entropy of the routes (log 24)": "eval/mode_entropy", "largest share": "eval/mode_max"}
+        panels = {"success": "eval/success", "routes among successes": "eval/modes"}
+        panels |= {"entropy of the routes (log 24)": "eval/mode_entropy"}
+    panels |= {"largest share": "eval/mode_max", "return": "eval/episodic_return"}
     panels |= {r"$E\|\Delta\|^2 / \delta$": "ratio", r"$\|\Delta(start)\|^2 / \delta$": "start/delta"}
     panels |= {r"$\alpha$": "trust_region/alpha"}
-    for axis, (title, key) in zip(bottom.subplots(2, 4).flat, panels.items()):
+    axes = bottom.subplots(2, -(-len(panels) // 2)).flat
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, key) in zip(axes, panels.items()):
         axis.set_title(title, fontsize=10)
         for label, members in runs.items():
             curves = [(run["eval.mode"] == key).mean(1) if isinstance(key, int) else run.get(key) for run in members]
@@ -98,7 +102,7 @@ def draw(folder: Path) -> Path:
             axis.set_ylim(0, 1)
         if key in ("ratio", "start/delta", "trust_region/alpha"):
             axis.set_yscale("log")
-    handles, texts = bottom.axes[4].get_legend_handles_labels()
+    handles, texts = axes[0].get_legend_handles_labels()
     bottom.legend(handles, texts, loc="outside lower center", ncols=len(runs))
     seeds = f"seeds {args['seed']} to {args['seed'] + args['seeds'] - 1}"
     figure.suptitle(f"{world}, {seeds}; above the ways of seed {args['seed']} after {args['total_timesteps']:,} steps")
