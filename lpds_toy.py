@@ -25,7 +25,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -812,7 +811,7 @@ if __name__ == "__main__":
     args = parse_args()
     if args.delta is None:  # many runs of this file, as many at once as there are cores, and one figure of all
         require(SWEEP.is_file(), f"--delta: missing, and the sweep needs {SWEEP}; give one of about 0.01 to 1")
-        raise SystemExit(subprocess.run([sys.executable, str(SWEEP), *sys.argv[1:]]).returncode)
+        os.execv(sys.executable, [sys.executable, str(SWEEP), *sys.argv[1:]])  # in place, so that Ctrl-C reaches it
     args.lagrangian &= args.trust_region == "average"  # a budget in every state leaves nothing to price
     # --- shared: toy loop ---
     torch.manual_seed(args.seed)

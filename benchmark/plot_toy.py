@@ -32,11 +32,11 @@ GOALS = [tuple(goal) for goal in MultiGoalVector.GOALS.astype(int).tolist()]
 def read(folder: Path) -> tuple:
     """(settings of the sweep, label -> [run of each seed, ...]); a run's keys are those of metrics.csv and eval.npz."""
     runs = {}
-    for file in sorted(folder.glob("*__*/*__*/eval.npz")):
+    for file in [file for home in sorted(folder.glob("*__*")) for file in sorted(home.glob("*__*/eval.npz"))[-1:]]:
         with np.load(file, allow_pickle=False) as arrays:
             run = read_csv(file.with_name("metrics.csv")) | {f"eval.{key}": arrays[key] for key in arrays.files}
         args = run["args"] = json.loads(file.with_name("args.json").read_text())
-        if "delta" in args:
+        if "trust_region/violation" in run:  # neither DSRL nor before the end of the warm-up
             delta = args["delta"] * (
                 {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
             )

@@ -25,6 +25,8 @@ import plot_toy  # noqa: E402
 import lpds_toy  # noqa: E402
 from lpds_toy import blame, require, save  # noqa: E402
 
+FREE = ("total_timesteps", "eval_every", "track", "no_progress")  # what a resumed run accepts anew
+
 
 def commands(args, folder: Path) -> list:
     """[(folder of the run, command), ...] of what is still to do; as many seeds as possible of everything first."""
@@ -45,11 +47,13 @@ def commands(args, folder: Path) -> list:
     for seed in range(args.seed, args.seed + args.seeds):
         for label, command in methods:
             home = folder / f"{label}__{seed}"
+            if list(home.glob("*/curves.png")):  # the last file that a run writes
+                continue
             where = ["--backbone", str(folder / "backbone.pt"), "--seed", str(seed), "--run-dir", str(home)]
-            started = [checkpoint.parent for checkpoint in sorted(home.glob("*/checkpoint.pt"))]
-            where += ["--resume", str(started[-1])] if started else []
-            if not list(home.glob("*/curves.png")):  # the last file that a run writes
-                left.append((home, [sys.executable, *command, *flags(both), *where]))
+            command = [sys.executable, *command, *flags(both), *where]
+            for checkpoint in sorted(home.glob("*/checkpoint.pt"))[-1:]:
+                command = [sys.executable, command[1], "--resume", str(checkpoint.parent), *flags(("env_id", *FREE))]
+            left.append((home, command))
     return left
 
 

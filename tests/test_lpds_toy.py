@@ -371,7 +371,7 @@ def test_learning_holds_the_constraint_and_raises_the_return(decoders, tmp_path)
         assert file["mode"].shape == file["return"].shape == (8, 1000) and file["path"].shape == (2, 100, 21, 2)
 
 
-TINY = ["--num-envs", 5, "--prior-steps", 300, "--eval-every", 400, "--eval-episodes", 20, "--hidden-size", 16]
+TINY = "--num-envs 5 --prior-steps 300 --warmup-steps 200 --eval-every 400 --eval-episodes 20 --hidden-size 16".split()
 
 
 @pytest.mark.parametrize("script", ["lpds_toy.py", "baselines/dsrl_toy.py"])
@@ -419,15 +419,16 @@ def test_the_sweep_makes_one_figure_goes_on_and_skips_what_is_finished(decoders,
     assert (folder / "figure.png").stat().st_size > 20_000 and f"finished: {folder / 'figure.png'}" in text
     names = {"delta-0.05__3", "delta-0.7__3", "dsrl__3"}
     assert {p.name for p in folder.iterdir() if p.is_dir()} == names
-    stamps = {name: (only(folder / name) / "curves.png").stat().st_mtime_ns for name in names}
+    finished = {name: next((folder / name).glob("*/curves.png")) for name in names}  # one that a stop met too early to
+    stamps = {name: file.stat().st_mtime_ns for name, file in finished.items()}  # save leaves a folder of its own
     assert "0 runs" in finish(run(*again))
-    assert stamps == {name: (only(folder / name) / "curves.png").stat().st_mtime_ns for name in names}
-    done = rows(only(folder / "delta-0.7__3"))[-1]
+    assert stamps == {name: file.stat().st_mtime_ns for name, file in finished.items()}
+    done = rows(finished["delta-0.7__3"].parent)[-1]
     assert done["trust_region/alpha"] == 0 and done["trust_region/sq_norm"] <= 0.7
-    plot = [sys.executable, str(ROOT / "benchmark" / "plot_toy.py"), str(only(folder / "delta-0.7__3"))]
+    plot = [sys.executable, str(ROOT / "benchmark" / "plot_toy.py"), str(finished["delta-0.7__3"].parent)]
     assert subprocess.run(plot, capture_output=True, text=True).returncode == 0
-    assert (only(folder / "delta-0.7__3") / "states.png").stat().st_size > 20_000
-    play = [sys.executable, str(ROOT / "enjoy.py"), str(only(folder / "dsrl__3")), "--episodes", "5"]
+    assert finished["delta-0.7__3"].with_name("states.png").stat().st_size > 20_000
+    play = [sys.executable, str(ROOT / "enjoy.py"), str(finished["dsrl__3"].parent), "--episodes", "5"]
     played = subprocess.run(play, capture_output=True, text=True)
     assert played.returncode == 0 and "action entropy" in played.stdout, played.stderr
 
