@@ -53,7 +53,7 @@ if "--suicide" in flags:
     os.kill(os.getpid(), signal.SIGKILL)
 def save(*stop):
     rows = "global_step,wall_seconds,eval/episodic_return", "0,1,10", f"{step},120,77"
-    (folder / "m.tmp").write_text(chr(10).join(rows))
+    (folder / "m.tmp").write_text(chr(10).join([*rows, ""]))
     os.replace(folder / "m.tmp", folder / "metrics.csv")
     (folder / "args.json").write_text(json.dumps(flags))
     (folder / "step.txt").write_text(str(step))
