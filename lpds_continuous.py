@@ -146,12 +146,12 @@ PRINTED = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(hidden_s
 PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
 LOWEST |= dict(alpha_init=0, alpha_lr=0)
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 BACKBONES = Path(__file__).parent / "backbones"
 
 
 # --- shared: command line ---
 PRESETS = {"default": OURS, "paper": {name: PAPER | values for name, values in PRINTED.items()}}
-KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 # What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
 FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
 
@@ -207,12 +207,13 @@ class ActionChunk(gym.Wrapper):
     """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
     `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells.
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
+    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
         super().__init__(env)
-        self.chunk, self.succeeded = chunk, False
+        self.chunk, self.successes = chunk, []  # step by step
         self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
@@ -222,7 +223,7 @@ class ActionChunk(gym.Wrapper):
         return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
 
     def reset(self, **kwargs):
-        self.succeeded = False
+        self.successes = []
         obs, info = self.env.reset(**kwargs)
         return self.normalize(obs), info
 
@@ -233,10 +234,12 @@ class ActionChunk(gym.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            self.succeeded |= bool(info.get("success", truncated and not terminated))
+            self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = (info if terminated or truncated else {}) | {"steps": steps, "success": self.succeeded}
+        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
+        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
+        info |= {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -250,8 +253,12 @@ def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
 def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
-    counters = ("succeeded", "_elapsed_steps", "episode_returns", "episode_lengths")
+    counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
+    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}  # by some, at a reset
     if state:
+        for name, array in moved.items():
+            array[:] = state[name].numpy()
+        vars(mj).update(state["numbers"])
         for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
             mujoco.mj_forward(mj.model, mj.data)
             mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
@@ -260,7 +267,9 @@ def env_state(env, state: dict | None = None) -> dict:
             env.set_wrapper_attr(name, state[name])
     physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
     mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    now = {name: np.asarray(env.get_wrapper_attr(name)).item() for name in counters}
+    now = {name: np.asarray(env.get_wrapper_attr(name)).tolist() for name in counters}
+    now |= {name: torch.from_numpy(array.copy()) for name, array in moved.items()}
+    now |= {"numbers": {name: float(value) for name, value in vars(mj).items() if isinstance(value, float)}}
     return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
 
 
@@ -331,13 +340,17 @@ class Decoder(nn.Module):
 
 
 # --- end shared: decoder ---
-# --- shared: decoder file ---
 def load_decoder(args: Args):
-    """--backbone, ours or DPPO-made: (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
+    """(frozen Decoder on the CPU, normalization, card): the run's own, that of --backbone, or the committed one."""
     name = args.env_id.rsplit("-v", 1)[0].lower()
     kind = "diffusion" if name == "hopper" else "flow"  # whichever clones its data better; docs/pretrain_backbone.md
     committed = BACKBONES / f"{name}-v4-medium-{kind}.pt"
-    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or committed)
+    return read_decoder(Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or committed), args)
+
+
+# --- shared: decoder file ---
+def read_decoder(path: Path, args: Args):
+    """A file of ours or DPPO's -> (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
     file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
@@ -431,7 +444,7 @@ def perturbation_mlp(obs_dim: int, d: int, args: Args):
 
 # --- shared: agent and its updates ---
 class Agent(nn.Module):
-    """The frozen decoder and everything that is learned around it: Delta, the critics, alpha."""
+    """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
 
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
@@ -568,7 +581,8 @@ def evaluate(policy, envs: list, seed: int, device) -> dict:
             obs[i], reward, terminated, truncated, info = envs[i].step(a)
             result["return"][i] += reward
             result["length"][i] += info["steps"]
-            result["success"][i] = info["success"]
+            for key in (key for key in info if key.startswith("success")):
+                result.setdefault(key, np.zeros(n))[i] = info[key]
             if terminated or truncated:
                 alive = alive[alive != i]
     return result
@@ -677,7 +691,8 @@ if __name__ == "__main__":
     size, c = sum(p.numel() for p in decoder.parameters()), decoder.config
     print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
     print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
-          f"{card['checksum']}, frozen return by its card {card.get('frozen_return', math.nan):.0f}")  # fmt: skip
+          f"{card['checksum']}, frozen by its card: return {card.get('frozen_return', math.nan):.0f}, success "
+          f"{card.get('frozen_success', math.nan):.2f}")  # fmt: skip
     stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current step finish
         signal.signal(number, lambda number, frame: stop.append(number))
@@ -699,7 +714,8 @@ if __name__ == "__main__":
                 result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
                 loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
                 first = loop["evals"][0]
-                row |= {"eval/episodic_return": result["return"].mean(), "eval/success": result["success"].mean()}
+                row["eval/episodic_return"] = result["return"].mean()
+                row |= {f"eval/{key}": result[key].mean() for key in result if key.startswith("success")}
                 row |= {f"eval/frozen_{key}": first[key].double().mean() for key in ("return", "success")}
             loop["wall_seconds"] = time.time() - started
             row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
@@ -720,7 +736,8 @@ if __name__ == "__main__":
                 save_checkpoint(run, agent, replay, loop, args)
                 if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
                     save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
-                returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f})"
+                returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f}), success "
+                returns += f"{row['eval/success']:.2f} ({row['eval/frozen_success']:.2f})"
                 bar.write(f"step {step:>7}  {returns}, {agent.status(row)}, {row.get('charts/SPS', 0):.0f} steps/s")
             bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {agent.status(row)}", refresh=False)
             mark = step, time.time()

@@ -56,6 +56,8 @@ class Args:
     """one sentence on what the data is and its licence, for the card"""
     obs_keys: str = "robot0_eef_pos,robot0_eef_quat,robot0_gripper_qpos,object"
     """observation arrays of a robomimic file to concatenate, in this order"""
+    only_successful: bool = False
+    """clone only episodes that succeed at some step, by the array `success` of a FILE.npz"""
     env_id: str = ""
     """environment of the frozen evaluation, for example Hopper-v4, or MODULE:ENV_ID where a package registers it;
     empty: no evaluation, and the card has no score"""
@@ -135,12 +137,13 @@ class ActionChunk(gym.Wrapper):
     """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
     `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells.
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
+    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
         super().__init__(env)
-        self.chunk, self.succeeded = chunk, False
+        self.chunk, self.successes = chunk, []  # step by step
         self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
@@ -150,7 +153,7 @@ class ActionChunk(gym.Wrapper):
         return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
 
     def reset(self, **kwargs):
-        self.succeeded = False
+        self.successes = []
         obs, info = self.env.reset(**kwargs)
         return self.normalize(obs), info
 
@@ -161,10 +164,12 @@ class ActionChunk(gym.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            self.succeeded |= bool(info.get("success", truncated and not terminated))
+            self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = (info if terminated or truncated else {}) | {"steps": steps, "success": self.succeeded}
+        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
+        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
+        info |= {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -257,7 +262,8 @@ def evaluate(policy, envs: list, seed: int, device) -> dict:
             obs[i], reward, terminated, truncated, info = envs[i].step(a)
             result["return"][i] += reward
             result["length"][i] += info["steps"]
-            result["success"][i] = info["success"]
+            for key in (key for key in info if key.startswith("success")):
+                result.setdefault(key, np.zeros(n))[i] = info[key]
             if terminated or truncated:
                 alive = alive[alive != i]
     return result
@@ -279,6 +285,7 @@ def check_args(args: Args) -> None:
         ("ema_decay", 0 <= args.ema_decay < 1, "a number in [0, 1)"),
         ("held_out", 0 <= args.held_out < 1, "a share in [0, 1)"),
         ("seed", args.seed >= 0, "at least 0"),
+        ("only_successful", not args.only_successful or args.data.endswith(".npz"), "--data FILE.npz with it"),
     ]
     for name, accepted, expected in rules:
         require(accepted, f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
@@ -303,7 +310,7 @@ def split_episodes(ends):  # (N,) bool, True on the last step of each episode ->
     return [slice(a, b) for a, b in zip(np.append(0, stops[:-1]), stops, strict=True)]
 
 
-def read_flat(path: str, arrays) -> list:
+def read_flat(path: str, arrays, only_successful: bool = False) -> list:
     """Episodes from arrays that run through all of them (our .npz, D4RL's .hdf5): `lengths` or the end flags cut."""
     keys = ("observations", "actions", "terminals", "timeouts")
     missing = [key for key in keys if key not in arrays]
@@ -314,18 +321,25 @@ def read_flat(path: str, arrays) -> list:
     ends = terminals.astype(bool).reshape(-1) | timeouts.astype(bool).reshape(-1)
     flags = f"terminals are {terminals.shape}, timeouts {timeouts.shape}"
     require(len(ends) == len(obs), f"--data {path}: {flags}; expected one flag a step")
-    if "lengths" not in arrays:
-        return [(obs[s], actions[s]) for s in split_episodes(ends)]
-    lengths = arrays["lengths"][()].reshape(-1).astype(np.int64)
-    whole = lengths.sum() == len(obs) and (lengths >= 0).all()
-    require(whole, f"--data {path}: lengths add up to {lengths.sum()}, but there are {len(obs)} steps; rewrite it")
-    stops = np.cumsum(lengths)
-    return [(obs[a:b], actions[a:b]) for a, b in zip(stops - lengths, stops, strict=True)]
+    slices = split_episodes(ends)
+    if "lengths" in arrays:
+        lengths = arrays["lengths"][()].reshape(-1).astype(np.int64)
+        whole = lengths.sum() == len(obs) and (lengths >= 0).all()
+        require(whole, f"--data {path}: lengths add up to {lengths.sum()}, but there are {len(obs)} steps; rewrite it")
+        stops = np.cumsum(lengths)
+        slices = [slice(a, b) for a, b in zip(stops - lengths, stops, strict=True)]
+    if only_successful:
+        success = arrays["success"][()].reshape(-1) if "success" in arrays else []
+        flags = f"{path} has {len(success)} flags `success` for {len(obs)} steps"
+        require(len(success) == len(obs), f"--only-successful: {flags}; leave it out, or add them")
+        slices = [s for s in slices if success[s].any()]
+        require(slices, f"--only-successful: no episode of {path} succeeds; leave it out")
+    return [(obs[s], actions[s]) for s in slices]
 
 
-def read_npz(path: str) -> list:
+def read_npz(path: str, only_successful: bool) -> list:
     with np.load(path, allow_pickle=False) as file:  # a file from others is data, it cannot run code
-        return read_flat(path, file)
+        return read_flat(path, file, only_successful)
 
 
 def read_hdf5(path: str, obs_keys: list) -> list:
@@ -402,7 +416,8 @@ def load_episodes(args: Args) -> list:
         else:
             require(Path(path).is_file(), f"--data {path}: no such file; {kinds}")
             require(suffix in (".npz", ".hdf5", ".h5"), f"--data {path}: unknown kind of file; {kinds}")
-            episodes = read_npz(path) if suffix == ".npz" else read_hdf5(path, args.obs_keys.split(","))
+            npz = suffix == ".npz"
+            episodes = read_npz(path, args.only_successful) if npz else read_hdf5(path, args.obs_keys.split(","))
     except Exception as error:  # what a broken file makes numpy, zipfile and h5py raise has no common type
         require(False, f"--data {path}: cannot be read ({first_line(error)}); give plain numeric arrays, no pickles")
     for i, (obs, actions) in enumerate(episodes):
@@ -572,9 +587,8 @@ if __name__ == "__main__":
             "frozen_success": float(result["success"].mean()), "frozen_length": float(result["length"].mean()),
             "eval_episodes": args.eval_episodes, "eval_seed": 10_000,
         }  # fmt: skip
-        routes = {getattr(env.unwrapped, "mode", -1) for env in envs} - {
-            -1
-        }  # of the successes, where there are several
+        # Where there are several ways to succeed, how many of them it takes
+        routes = {getattr(env.unwrapped, "mode", -1) for env in envs} - {-1}
         card |= {"frozen_modes": len(routes)} if routes else {}
         print(
             f"frozen: return {card['frozen_return']:.0f} +- {card['frozen_return_std']:.0f}, success "

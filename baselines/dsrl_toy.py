@@ -225,10 +225,8 @@ class MultiGoal(gym.Env):
 
     def __init__(self, start_std: float = 0.0):
         self.vector = MultiGoalVector(1, start_std)
-        self.observation_space, self.action_space = (
-            self.vector.single_observation_space,
-            self.vector.single_action_space,
-        )
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -263,11 +261,8 @@ class Avoiding(gym.Env):
         self.observation_space = gym.spaces.Box(-2.0, 2.0, (4,), np.float64)
         self.action_space = gym.spaces.Box(-0.02, 0.02, (2,), np.float64)  # people used at most 0.0154
         posts = "".join(f'<geom type="cylinder" pos="{x} {y} 0" size="{r} 0.1"/>' for x, y, r in self.POSTS)
-        motors = ""
-        for direct in (
-            False,
-            True,
-        ):  # together kp (g - q) + kd (f g' - q'), g' = (target - g) / tau: PD on a filtered g
+        motors = ""  # together kp (g - q) + kd (f g' - q'), g' = (target - g) / tau: PD on a filtered g
+        for direct in (False, True):
             for joint, tau, kp, kd, f in self.CONTROL:
                 filtered = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
                 gain = kd * f / tau if direct else kp - kd * f / tau
@@ -333,12 +328,13 @@ class ActionChunk(gym.Wrapper):
     """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
 
     `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells.
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
+    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
     """
 
     def __init__(self, env, chunk: int, normalization: dict):
         super().__init__(env)
-        self.chunk, self.succeeded = chunk, False
+        self.chunk, self.successes = chunk, []  # step by step
         self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
@@ -348,7 +344,7 @@ class ActionChunk(gym.Wrapper):
         return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
 
     def reset(self, **kwargs):
-        self.succeeded = False
+        self.successes = []
         obs, info = self.env.reset(**kwargs)
         return self.normalize(obs), info
 
@@ -359,10 +355,12 @@ class ActionChunk(gym.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            self.succeeded |= bool(info.get("success", truncated and not terminated))
+            self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        info = (info if terminated or truncated else {}) | {"steps": steps, "success": self.succeeded}
+        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
+        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
+        info |= {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -472,7 +470,11 @@ def load_decoder(args: Args):
         decoder.load_state_dict(file["model"])
         env, found = gym.make(f"{args.env_id}-v0"), [config["obs_dim"], config["action_dim"]]
         sizes = [*env.observation_space.shape, *env.action_space.shape]
+        shapes = [list(stats[key].shape) for key in ("obs_min", "obs_max", "action_min", "action_max")]
+        finite = all(np.isfinite(value).all() for value in [*stats.values(), *map(np.asarray, file["model"].values())])
     require(sizes == found, f"--backbone {path}: has (obs, action) sizes {found}, {args.env_id} {sizes}; give another")
+    fits = shapes == [sizes[:1]] * 2 + [sizes[1:]] * 2
+    require(finite and fits, f"--backbone {path}: weights or normalization not finite or of wrong size; make it anew")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return decoder.freeze(), stats, dict(file.get("card", {})) | {"path": str(path), "checksum": checksum}
 
@@ -543,9 +545,9 @@ class Replay:
 
 
 # --- end shared: critics, replay ---
-# --- shared: noise policy and its updates ---
+# --- shared: agent and its updates ---
 class Agent(nn.Module):
-    """The frozen decoder and everything that is learned around it: the noise policy, the critics, alpha."""
+    """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
 
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
@@ -636,7 +638,7 @@ def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
     return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
 
 
-# --- end shared: noise policy and its updates ---
+# --- end shared: agent and its updates ---
 # --- shared: distillation ---
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
@@ -776,7 +778,6 @@ def load_checkpoint(run: Path, agent, replay) -> dict:
 if __name__ == "__main__":
     args = parse_args()
     # --- shared: toy loop ---
-    torch.manual_seed(args.seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
     with blame(f"--device {args.device}: not usable; give cpu or cuda"):
         device = torch.zeros(1, device=args.device).device
@@ -791,7 +792,7 @@ if __name__ == "__main__":
 
     # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
     loop = {"global_step": 0, "gradient_steps": 0, "rounds": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
-    loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
+    loop |= {"paths": [], "episodes": [], "info": {}}  # the last two since the last row of metrics.csv
     run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
     if args.resume:
         run, loop = Path(args.resume), load_checkpoint(Path(args.resume), agent, replay)
@@ -822,7 +823,10 @@ if __name__ == "__main__":
         loop["wall_seconds"] = time.time() - started
         if step > before and (finished or step // args.eval_every > before // args.eval_every):
             result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
-            result["path"] = result["path"][:100]  # for the figure
+            loop["paths"] = [
+                *loop["paths"][:1],
+                torch.as_tensor(result.pop("path")[:100]),
+            ]  # frozen, last
             loop["evals"].append({"global_step": step} | {key: torch.as_tensor(v) for key, v in result.items()})
             first = loop["evals"][0]
             row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"], **modes(result, args)}
@@ -847,17 +851,16 @@ if __name__ == "__main__":
                     tracker.log(row, step=step)
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
-            arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first if key != "path"}
-            arrays["path"] = np.stack([loop["evals"][i]["path"] for i in (0, -1)])  # frozen, last
+            arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
+            arrays["path"] = np.stack([loop["paths"][0], loop["paths"][-1]])
             save(run / "eval.npz", lambda file: np.savez_compressed(file.open("wb"), **arrays))  # noqa: B023
             save_checkpoint(run, agent, replay, loop, args)
             if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
                 save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
             returns = f"return {row['eval/episodic_return']:.1f} (frozen {row['eval/frozen_return']:.1f})"
             spread = f"{row['eval/modes']:.0f} modes, the largest {row['eval/mode_max']:.2f}"
-            bar.write(
-                f"step {step:>6}  {returns}, {spread}, {agent.status(row)}, {row.get('charts/SPS', 0):.0f} steps/s"
-            )
+            speed = f"{row.get('charts/SPS', 0):.0f} steps/s"
+            bar.write(f"step {step:>6}  {returns}, {spread}, {agent.status(row)}, {speed}")
             mark = step, time.time()
         if finished or stop:
             break
@@ -907,7 +910,7 @@ if __name__ == "__main__":
     bar.close()
     if stop:
         save_checkpoint(run, agent, replay, loop, args)
-        again = shlex.join([sys.argv[0], "--env-id", args.env_id, "--resume", str(run)])
+        again = shlex.join([sys.argv[0], "--resume", str(run)])
         print(f"stopped at step {step} and saved; go on with: python {again}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     plot_curves(run / "curves.png", loop["rows"])

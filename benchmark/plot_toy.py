@@ -37,10 +37,8 @@ def read(folder: Path) -> tuple:
             run = read_csv(file.with_name("metrics.csv")) | {f"eval.{key}": arrays[key] for key in arrays.files}
         args = run["args"] = json.loads(file.with_name("args.json").read_text())
         if "trust_region/violation" in run:  # neither DSRL nor before the end of the warm-up
-            delta = args["delta"] * (
-                {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
-            )
-            run["start/delta"] = run["trust_region/start_sq_norm"] / delta
+            d = {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
+            run["start/delta"] = run["trust_region/start_sq_norm"] / (d * args["delta"])
             run["ratio"] = run["trust_region/violation"] + 1
         runs.setdefault(file.parents[1].name.rpartition("__")[0], []).append(run)
     require(runs, f"{folder}: holds no runs; give the folder of a sweep of lpds_toy.py")
@@ -124,19 +122,19 @@ def table(folder: Path) -> Path:
         mode = run["eval.mode"]
         return np.stack([(mode == i).sum(1) for i in range(n)], 1) / np.maximum((mode >= 0).sum(1), 1)[:, None]
 
+    ends = ("modes above 5 % at the end", lambda run: f"{(shares(run)[-1] >= 0.05).sum()}")
+    if args["env_id"] == "Avoiding":
+        ends = ("routes at the end", lambda run: f"{run['eval/modes'][-1]:.0f}")
     columns = {
         "return": lambda run: f"{late(run, 'eval/episodic_return'):.1f}",
         "success": lambda run: f"{late(run, 'eval/success'):.2f}",
         "largest share": lambda run: f"{late(run, 'eval/mode_max'):.2f}",
         "its highest": lambda run: f"{run['eval/mode_max'].max():.2f}",
-        "modes above 5 % at the end": lambda run: f"{(shares(run)[-1] >= 0.05).sum()}",
+        ends[0]: ends[1],
         f"entropy (log {n})": lambda run: f"{late(run, 'eval/mode_entropy'):.2f}",
         "E\\|\\|Delta\\|\\|^2 / delta": lambda run: f"{late(run, 'ratio'):.2f}",
         "\\|\\|Delta(start)\\|\\|^2 / delta": lambda run: f"{late(run, 'start/delta'):.1f}",
     }
-    if args["env_id"] == "Avoiding":
-        columns["modes above 5 % at the end"] = lambda run: f"{run['eval/modes'][-1]:.0f}"
-        columns["routes at the end"] = columns.pop("modes above 5 % at the end")
     rows = [["", *columns], ["---", *["---:"] * len(columns)]]
     for label, members in runs.items():
         cells = (", ".join(column(run) for run in members).replace("nan", "-") for column in columns.values())

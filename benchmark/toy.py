@@ -1,7 +1,7 @@
 """The sweep behind `python lpds_toy.py`, whose flags it takes: every method, delta and seed, then one figure of all.
 
 python benchmark/toy.py --deltas 0.05 0.2 --seeds 5
-python benchmark/toy.py --env-id Avoiding --resume runs/FOLDER
+python benchmark/toy.py --resume runs/FOLDER
 """
 
 import json
@@ -87,7 +87,7 @@ def sweep(args) -> Path:
             elif stop:
                 child.terminate()  # it saves at the end of its round
     bar.close()
-    again = f"python lpds_toy.py {shlex.join(['--env-id', args.env_id, '--resume', str(folder)])}"
+    again = f"python lpds_toy.py {shlex.join(['--resume', str(folder)])}"
     log = failed and failed[0] / "log.txt"
     require(not failed, f"{len(failed)} runs failed, the end of {log} says why; then go on with: {again}")
     if stop:

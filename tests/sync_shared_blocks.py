@@ -1,5 +1,7 @@
 """Copies every shared block out of the first of MODELS that has it into the files that have a block of the same name.
 
+One block, METHOD, has a text for each method, as it is what they differ in: DSRL's is in baselines/dsrl_continuous.py.
+
 python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
 
 It also writes the differences between the scripts and their baselines into docs/.
@@ -10,11 +12,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = (
-    "lpds_continuous.py",
-    "lpds_toy.py",
-    "baselines/dsrl_continuous.py",
-)  # the first one that has a block has it right
+MODELS = ("lpds_continuous.py", "lpds_toy.py", "baselines/dsrl_continuous.py")
+METHOD = "agent and its updates"
 BLOCK = re.compile(
     r"^ *# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^ *# --- end shared: (?P=name) ---\n", re.M | re.S
 )
@@ -33,11 +32,13 @@ def blocks(text: str) -> dict[str, str]:
     return found
 
 
-def model_blocks() -> dict[str, str]:
-    """Name -> text of every shared block, as all files should have it."""
+def model_blocks(script: Path) -> dict[str, str]:
+    """Name -> text of every shared block, as `script` should have it."""
     found = {}
     for model in MODELS:
         found = blocks((ROOT / model).read_text()) | found
+    if script.name.startswith("dsrl_"):
+        found[METHOD] = blocks((ROOT / "baselines/dsrl_continuous.py").read_text())[METHOD]
     return found
 
 
@@ -56,9 +57,8 @@ def with_diffs(page: str) -> str:
 
 
 if __name__ == "__main__":
-    model = model_blocks()
     for path in scripts():
-        text = path.read_text()
+        text, model = path.read_text(), model_blocks(path)
         for name in blocks(text).keys() & model.keys():
             old = next(match for match in BLOCK.finditer(text) if match["name"] == name)
             if old["body"] != model[name]:

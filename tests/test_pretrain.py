@@ -221,6 +221,18 @@ def test_an_episode_without_an_end_flag_closes_the_file(npz):
     assert [len(actions) for _, actions in found] == [9, 17]
 
 
+@pytest.mark.parametrize("lengths", [None, np.array([9, 5, 12])])
+def test_only_episodes_that_succeed_at_some_step(npz, script, lengths):
+    success = np.arange(26) == 11  # in the second episode of 9, 5, 12 steps
+    path = npz(success=success, **{} if lengths is None else {"lengths": lengths})
+    (found,) = pb.load_episodes(pb.Args(data=str(path), output="", only_successful=True))
+    assert len(pb.load_episodes(pb.Args(data=str(path), output=""))) == 3
+    assert np.array_equal(found[0], episodes_of(9, 5, 12)[1][0])
+    refused(script(npz(success=success & False), "--only-successful"), "--only-successful", "no episode", "succeeds")
+    refused(script(npz(), "--only-successful"), "--only-successful", "0 flags `success` for 26 steps")
+    refused(script("data.hdf5", "--only-successful"), "--only-successful True", "FILE.npz")
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_windows_are_all_full_ones_and_never_cross_episodes(chunk):
     episodes = episodes_of(9, 5, 3, 12)
