@@ -609,5 +609,4 @@ if __name__ == "__main__":
         temporary.unlink(missing_ok=True)
         full = f"cannot be written ({first_line(error)}); free some space or use another folder"
         require(False, f"--output {args.output}: {full}")
-    use = f"--env-id {args.env_id or 'ENV_ID'} --backbone {args.output}"
-    print(f"wrote {args.output}; use it: python lpds_continuous.py {use}")
+    print(f"wrote {args.output}; steer it with the script for its environment and --backbone {args.output}")

@@ -4,8 +4,8 @@ python benchmark/plot.py                            # every spec of benchmark/sp
 python benchmark/plot.py cpu --report cpu.html      # one of them
 
 Reads RESULTS/SPEC/LABEL.{csv,npz,json}, never a run folder; a run whose files are missing, cut off or contradict each
-other is named in one line and left out. Writes RESULTS/SPEC.md, FIGURES/SPEC_{returns,minutes,entropy,budget,sweep}.png
-and .svg, and the report, which holds what was asked for and nothing else.
+other is named in one line and left out. Writes RESULTS/SPEC.md, FIGURES/SPEC_{returns,minutes,success,entropy,budget,
+sweep}.png and .svg, and the report, which holds what was asked for and nothing else.
 """
 
 import base64
@@ -94,6 +94,8 @@ def read(folder: Path, label: str) -> dict:
     curves = {k: (at[known[k]] / 1000, y[known[k]]) for k, y in curves.items()}
     curves["return"] = (step / 1000, returns.mean(1))
     curves["minutes"] = (np.interp(step, at, m["wall_seconds"] / 60), returns.mean(1))
+    flagged = slice(None if "success_share" in e else 0)  # locomotion tells no success: nothing to draw
+    curves["success"] = (step[flagged] / 1000, e["success"][flagged].mean(1))
     best = returns[1:].mean(1).max() if len(returns) > 1 else np.nan
     return r | {"evals": e, "curves": curves, "means": means | {"best": best, "minutes": float(r["minutes"])}}
 
@@ -138,14 +140,15 @@ def episodes(r: dict, fresh: bool, what: str = "return"):
     return r["evals"][what][0], r["evals"][what][1:][-3:].ravel()
 
 
-def finals(runs: list, fresh: bool):
-    """(frozen, steered) final return of every run."""
-    return np.array([[x.mean() if x.size else np.nan for x in episodes(r, fresh)] for r in runs]).T
+def finals(runs: list, fresh: bool, what: str = "return"):
+    """(frozen, steered) final return, or share of successful episodes, of every run."""
+    return np.array([[x.mean() if x.size else np.nan for x in episodes(r, fresh, what)] for r in runs]).T
 
 
-def frozen_level(runs: list, fresh: bool):
+def frozen_level(runs: list, fresh: bool, what: str = "return"):
     """Mean of the frozen decoder and half of its 95 % interval, over the distinct episodes that the runs played."""
-    x = np.concatenate(list({x.tobytes(): x for x in (episodes(r, fresh)[0] for r in runs)}.values()))
+    distinct = {episodes(r, fresh)[0].tobytes(): episodes(r, fresh, what)[0] for r in runs}
+    x = np.concatenate(list(distinct.values()))
     return x.mean(), 1.96 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
 
 
@@ -219,8 +222,7 @@ def run_table(runs: list, envs: list) -> list:
             played = episodes(of[0], fresh)[1]
             one = f" ± {played.std(ddof=1):.0f}" if len(played) > 1 else ""
             spread = bracket(interval(iqm, final), ".0f") if bold else one
-            flags = np.array([[x.mean() if x.size else np.nan for x in episodes(r, fresh, "success")] for r in of])
-            success = " → ".join(number(x, ".2f") for x in flags.mean(0))
+            success = " → ".join(number(x, ".2f") for x in finals(of, fresh, "success").mean(1))
             kind = f"{len(played)} {'fresh' if fresh else 'last 3'}" if len(played) else "–"
             means = [number(np.mean([r["means"][k] for r in of]), form) for k, (_, form) in MEANS.items()]
             rows.append([bold + env + bold, bold + arm + bold, " ".join(str(r["seed"]) for r in of),
@@ -240,7 +242,7 @@ def comparison(runs: list, envs: list) -> list:
     if not envs:
         return []
     ours = next((n for n in names if n.lower().replace("-", "") == "lpds"), names[0])
-    rows = [["environment", "policy", "seeds", "episodes", "return", "return / frozen", f"P({ours} > it)"]]
+    rows = [["environment", "policy", "seeds", "episodes", "success", "return", "return / frozen", f"P({ours} > it)"]]
     final, ratio = {}, {}
     for env in envs:
         here = [r for r in runs if r["env_id"] == env]
@@ -248,17 +250,19 @@ def comparison(runs: list, envs: list) -> list:
         for name, of in decoders(here).items():
             mean, half = frozen_level(of, fresh)
             n, spread = episodes(of[0], fresh)[0].size, bracket((mean - half, mean + half), ".0f")
-            rows.append([env, name, "–", f"{n} {'fresh' if fresh else 'at step 0'}", f"{mean:.0f}{spread}", "1", "–"])
+            kind, success = f"{n} {'fresh' if fresh else 'at step 0'}", frozen_level(of, fresh, "success")[0]
+            rows.append([env, name, "–", kind, f"{success:.2f}", f"{mean:.0f}{spread}", "1", "–"])
         for name, of in arms.items():
             frozen, final[name, env] = finals(of, fresh)
             ratio[name, env] = final[name, env] / np.where(frozen > 0, frozen, np.nan)
         for name, of in arms.items():
             kind = f"{episodes(of[0], fresh)[1].size} {'fresh' if fresh else 'last 3'}"
-            rows.append([env, name, " ".join(str(r["seed"]) for r in of), kind, over([final[name, env]], ".0f"),
+            rows.append([env, name, " ".join(str(r["seed"]) for r in of), kind,
+                         over([finals(of, fresh, "success")[1]], ".2f"), over([final[name, env]], ".0f"),
                          over([ratio[name, env]], ".2f"), against(final, ours, name, [env])])  # fmt: skip
     for name in names if len(envs) > 1 else []:
         if all((name, env) in final for env in envs):
-            rows.append(["**all**", f"**{name}**", "–", "–", "–", over([ratio[name, env] for env in envs], ".2f"),
+            rows.append(["**all**", f"**{name}**", *"––––", over([ratio[name, env] for env in envs], ".2f"),
                          against(final, ours, name, envs)])  # fmt: skip
     alone = all(row[-1] == "–" for row in rows[1:])  # no two arms with two seeds each: nothing to compare
     return [row[:-1] for row in rows] if alone else rows
@@ -281,6 +285,7 @@ def against(final: dict, ours: str, other: str, envs: list) -> str:
 KINDS = {  # curve, its axes, what to say about it
     "returns": ("return", "thousand environment steps", "return", "Return against environment steps"),
     "minutes": ("minutes", "minutes of training", "return", "Return against minutes of training"),
+    "success": ("success", "thousand environment steps", "success", "Share of episodes that succeed in any step"),
     "entropy": ("entropy", "thousand environment steps", "entropy, steered − frozen (nats)",
                 "Action entropy of the steered policy less that of the frozen one, at the same replay states"),
     "budget": ("used", "thousand environment steps", "E‖Δ‖² / δ", "Share of the budget δ that is used"),
@@ -329,10 +334,10 @@ def label_ends(axis, ends: list, inches: float):
         axis.text(1.14, y, name, transform=axis.transAxes, va="center", fontsize=9, linespacing=0.95)
 
 
-def draw_frozen(axis, runs: list, fresh: bool) -> list:
+def draw_frozen(axis, runs: list, fresh: bool, what: str = "return") -> list:
     ends = []
     for name, of in decoders(runs).items():
-        mean, half = frozen_level(of, fresh)
+        mean, half = frozen_level(of, fresh, what)
         axis.axhline(mean, **GREY, lw=1)
         axis.axhspan(mean - half, mean + half, color="0.35", alpha=0.15, lw=0)
         ends.append((mean, textwrap.fill(name, 18), GREY))
@@ -343,7 +348,7 @@ def draw_curves(axis, kind: str, env: str, runs: list, labels: dict) -> list:
     """Learning curves of one environment; (height, name, look) of the ends of its lines."""
     key, xlabel, ylabel, _ = KINDS[kind]
     here, names = [r for r in runs if r["env_id"] == env], list(labels)
-    ends = draw_frozen(axis, here, False) if ylabel == "return" else []
+    ends = draw_frozen(axis, here, False, ylabel) if ylabel in ("return", "success") else []
     if kind in ("entropy", "budget"):
         axis.axhline(kind == "budget", **GREY, lw=1)
         ends.append((kind == "budget", "δ" if kind == "budget" else "frozen", GREY))
@@ -411,7 +416,7 @@ def make_figures(name: str, spec: dict, runs: list, folder: Path) -> dict:
             label_ends(axis, ends, inches)
         for axis in axes[len(envs) :]:
             axis.remove()
-        caption = CAPTION[""] + CAPTION["return"] * ylabel.endswith("return")
+        caption = CAPTION[""] + CAPTION["return"] * ylabel.endswith(("return", "success"))
         figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=8, color="0.3")
         path = paths[kind] = folder / f"{name.replace('/', '_')}_{kind}.svg"
         figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
@@ -454,7 +459,8 @@ def section(spec: dict, runs: list, tables: list, paths: dict) -> str:
            f"{' '.join(str(s) for s in sorted({r['seed'] for r in runs}))}; {min(steps):,} to {max(steps):,} steps; "
            f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}. Machine: {'; '.join(machines(runs))}.")  # fmt: skip
     out = [f"<h2>{html.escape(spec['title'])}</h2>", f"<p>{html.escape(ran)}</p>"]
-    final = "; ".join(f"{row[0]} {row[1]} {row[4]}" for row in tables[0][1:] if "[" in row[4])
+    at = tables[0][0].index("return" if "return" in tables[0][0] else "final return")
+    final = "; ".join(f"{row[0]} {row[1]} {row[at]}" for row in tables[0][1:] if "[" in row[at])
     for kind, path in paths.items():
         about = KINDS[kind][3]
         alt = f"{spec['title']}: {about}." + f" Final: {final}." * (kind == "returns")

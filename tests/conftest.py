@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # as the scripts do: a sum that two threads share may differ in its last bit
 SIZES = {"Hopper": (11, 3), "Walker2d": (17, 6), "HalfCheetah": (17, 6)}  # observation, action
+SIZES |= {"AdroitHandPen": (45, 24), "AdroitHandHammer": (46, 26)}
+SIZES |= {"AdroitHandDoor": (39, 28), "AdroitHandRelocate": (39, 30)}
 
 
 def pytest_configure(config):
@@ -27,7 +29,8 @@ def tiny_backbone(tmp_path_factory):
 
         path, (obs_dim, action_dim) = folder / f"{name}-{kind}.pt", SIZES[name]
         if not path.exists():
-            config = dict(kind=kind, obs_dim=obs_dim, action_dim=action_dim, chunk=4, hidden=[16] * 3, cond_hidden=[])
+            config = dict(kind=kind, obs_dim=obs_dim, action_dim=action_dim, hidden=[16] * 3, cond_hidden=[])
+            config |= dict(chunk=8 if name.startswith("Adroit") else 4)
             config |= dict(time_dim=8, activation="relu", train_steps=20, sample_steps=5)
             with torch.random.fork_rng():
                 torch.manual_seed(0)

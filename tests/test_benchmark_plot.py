@@ -49,6 +49,7 @@ def bench(tmp_path):
             final = {} if fresh is None else {
                 f"final_{who}_{key}": np.float32(value) for who, scores in zip(("frozen", "steered"), fresh)
                 for key, value in (("return", scores), ("success", np.array(scores) > 1000))}  # fmt: skip
+            final |= {"success_share": np.float32(returns > 500)} if env.startswith("Adroit") else {}
             np.savez(folder / f"{label}.npz", **{"global_step": np.array(steps), "return": np.float32(returns),
                      "success": np.float32(returns > 500), "length": np.full(returns.shape, 9)}, **final)  # fmt: skip
             meta = {"label": label, "spec": spec, "arm": arm, "env_id": env, "seed": seed, "finished": True,
@@ -188,22 +189,23 @@ def test_comparison_of_frozen_and_steered_policies(bench, tables_only):
     every = [[plot.improvement(np.array(x), np.array(y)) for x in itertools.product([4, 6, 8], repeat=3)]
              for y in itertools.product([2, 4, 3], repeat=3)]  # fmt: skip
     low, high = np.percentile(every, [2.5, 97.5])
+    none = "0.00 [0.00, 0.00]"
     wins, half = f"0.94 [{low:.2f}, {high:.2f}]", 1.96 * np.std([150, 250], ddof=1) / 2**0.5
     assert rows == [
-        ["Walker2d-v4", "frozen", "–", "2 fresh", f"200 [{200 - half:.0f}, {200 + half:.0f}]", "1", "–"],
-        ["Walker2d-v4", "DSRL", "1 2 3", "2 fresh", "250 [200, 300]", "1.25 [1.00, 1.50]", wins],
-        ["Walker2d-v4", "LP-DS", "1 2 3", "2 fresh", "400 [300, 500]", "2.00 [1.50, 2.50]", "–"],
-        ["Hopper-v4", "frozen", "–", "2 at step 0", f"100 [{100 - half:.0f}, {100 + half:.0f}]", "1", "–"],
-        ["Hopper-v4", "DSRL", "1 2 3", "4 last 3", "300 [200, 400]", "3.00 [2.00, 4.00]", wins],
-        ["Hopper-v4", "LP-DS", "1 2 3", "4 last 3", "600 [400, 800]", "6.00 [4.00, 8.00]", "–"],
-        ["Hopper-v4", "DSRL raw", "1", "4 last 3", "50", "0.50", "–"],
-        ["**all**", "**DSRL**", "–", "–", "–", rows[7][5], rows[7][6]],
-        ["**all**", "**LP-DS**", "–", "–", "–", rows[8][5], "–"],
+        ["Walker2d-v4", "frozen", "–", "2 fresh", "0.00", f"200 [{200 - half:.0f}, {200 + half:.0f}]", "1", "–"],
+        ["Walker2d-v4", "DSRL", "1 2 3", "2 fresh", none, "250 [200, 300]", "1.25 [1.00, 1.50]", wins],
+        ["Walker2d-v4", "LP-DS", "1 2 3", "2 fresh", none, "400 [300, 500]", "2.00 [1.50, 2.50]", "–"],
+        ["Hopper-v4", "frozen", "–", "2 at step 0", "0.00", f"100 [{100 - half:.0f}, {100 + half:.0f}]", "1", "–"],
+        ["Hopper-v4", "DSRL", "1 2 3", "4 last 3", none, "300 [200, 400]", "3.00 [2.00, 4.00]", wins],
+        ["Hopper-v4", "LP-DS", "1 2 3", "4 last 3", "0.67 [0.00, 1.00]", "600 [400, 800]", "6.00 [4.00, 8.00]", "–"],
+        ["Hopper-v4", "DSRL raw", "1", "4 last 3", "0.00", "50", "0.50", "–"],
+        ["**all**", "**DSRL**", "–", "–", "–", "–", rows[7][6], rows[7][7]],
+        ["**all**", "**LP-DS**", "–", "–", "–", "–", rows[8][6], "–"],
     ]
     # Six ratios, one cut at either end: 1, 1.25, 1.5, 2, 3, 4 and 1.5, 2, 2.5, 4, 6, 8
-    assert rows[7][5].startswith(f"{(1.25 + 1.5 + 2 + 3) / 4:.2f} [") and rows[7][6].startswith("0.94 [")
-    assert rows[8][5].startswith(f"{(2 + 2.5 + 4 + 6) / 4:.2f} [")
-    assert low < float(re.findall(r"\[(.*),", rows[7][6])[0]) < 0.94  # narrower than in one environment
+    assert rows[7][6].startswith(f"{(1.25 + 1.5 + 2 + 3) / 4:.2f} [") and rows[7][7].startswith("0.94 [")
+    assert rows[8][6].startswith(f"{(2 + 2.5 + 4 + 6) / 4:.2f} [")
+    assert low < float(re.findall(r"\[(.*),", rows[7][7])[0]) < 0.94  # narrower than in one environment
 
 
 def test_one_run_without_fresh_episodes_makes_all_of_its_environment_use_the_last_evaluations(bench, tables_only):
@@ -212,7 +214,7 @@ def test_one_run_without_fresh_episodes_makes_all_of_its_environment_use_the_las
     bench.run("cpu", "DSRL", 1, [100, 400, 400], steps=STEPS[:3])
     bench.plot("cpu")
     compared, runs = bench.tables("cpu")
-    assert [row[3:5] for row in compared[2:]] == [["4 last 3", "500"], ["4 last 3", "400"]]
+    assert [[row[3], row[5]] for row in compared[2:]] == [["4 last 3", "500"], ["4 last 3", "400"]]
     assert runs[1][5:7] == ["900 ± 0", "2 fresh"]
 
 
@@ -303,6 +305,19 @@ def test_curves_are_interquartile_means_with_the_range_of_three_seeds(bench):
     assert x.tolist() == [0, 40] and y.tolist() == [0, (80 + 160) / 2]
 
 
+def test_success_is_drawn_where_the_environment_tells_it(bench, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw_curves", lambda axis, *args: drawn.append(args[:2]) or [(0, "x", plot.GREY)])
+    bench.spec("cpu", arms={"LP-DS": None})
+    bench.run("cpu", "LP-DS", 1, [200, 600, 900], steps=STEPS[:3])
+    where = bench.run("cpu", "LP-DS", 1, [200, 520, 900], steps=STEPS[:3], env="AdroitHandPen-v1")
+    bench.plot("cpu")
+    assert [env for kind, env in drawn if kind == "success"] == ["AdroitHandPen-v1"]
+    assert (bench.figures / "cpu_success.png").is_file()
+    x, y = plot.read(where.parent, where.name)["curves"]["success"]
+    assert x.tolist() == [0, 50, 99] and y.tolist() == [0, 0.5, 1]
+
+
 def test_lines_of_eight_arms_differ_without_colour_and_labels_do_not_overlap():
     looks = [plot.style(i) for i in range(8)]
     assert len({str(look["ls"]) for look in looks}) == 5
@@ -342,7 +357,7 @@ def test_sweep_takes_the_grid_and_what_differs_in_delta_alone(bench, monkeypatch
     monkeypatch.setattr(plot.matplotlib.axes.Axes, "errorbar", spy)
     bench.plot("sweep")
     assert shown == [([0.5], [50], [[0], [0]]), ([0.1, 1.0], [11.5, 91.5], [[0.5, 0.5], [0.5, 0.5]])]
-    assert {f.stem for f in bench.figures.iterdir()} == {f"sweep_{kind}" for kind in plot.KINDS}
+    assert {f.stem for f in bench.figures.iterdir()} == {f"sweep_{kind}" for kind in plot.KINDS if kind != "success"}
     assert plot.swept(plot.load(bench.results, bench.specs, "seeds")[1], "seeds") == []
 
 

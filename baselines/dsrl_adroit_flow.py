@@ -1,0 +1,829 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.2,<3.10",
+#   "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
+# ///
+"""DSRL (diffusion steering via reinforcement learning) on Adroit, a hand of 24 joints: pen, hammer, door, relocate.
+
+Forked from lpds_adroit_flow.py: decoder, critics, update ratio, evaluation and run folder are those of LP-DS. What is
+learned is another distribution of the input noise, a squashed Gaussian in a box, kept wide by an entropy bonus at
+temperature alpha; nothing ties it to the prior N(0, I) that the decoder was trained on:
+
+    w = b tanh(mu_theta(s) + sigma_theta(s) eps),  eps ~ N(0, I)        max_theta  E[Q^W(s, w) - alpha log pi(w | s)]
+
+    python baselines/dsrl_adroit_flow.py --env-id AdroitHandPen-v1
+    python baselines/dsrl_adroit_flow.py --resume runs/RUN_FOLDER
+    python enjoy.py runs/RUN_FOLDER --video pen.mp4
+
+The run folder gets metrics.csv, eval.npz, checkpoint.pt, best.pt and curves.png. What to expect, and where this departs
+from LP-DS and from DSRL's released code (arXiv 2506.15799): docs/baselines.md. It takes entropy.py from one folder up.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import gymnasium_robotics
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py and backbones/ lie one folder up
+from entropy import knn_entropy  # noqa: E402
+
+
+@dataclass
+class Args:
+    # DSRL
+    env_id: str = "AdroitHandPen-v1"
+    """AdroitHandPen, Hammer, Door or Relocate, -v1 or Sparse-v1; with --backbone any MuJoCo environment"""
+    preset: Literal["default", "paper"] = "default"
+    """default learns within hours on a small machine; paper is the printed configuration, meant for a GPU"""
+    variant: Literal["na", "sac"] = "na"
+    """na: Q^A on actions, distilled into Q^W on noise; sac: one critic on noise, learned by TD, no distillation"""
+    noise_bound: float = 2.5
+    """b, half the side of the box of w (table 1); 1.0 is what the released code does in its na variant"""
+    alpha_init: float = 1.0
+    """first temperature, in unscaled reward per nat"""
+    target_entropy: float = 0.0
+    """entropy that the temperature holds, in nats over the box [-1, 1]^d (before scaling); at most d log 2"""
+    # Decoder
+    ode_steps: int = 10
+    """steps of the flow's ODE; a run costs in proportion to it"""
+    ode_solver: Literal["euler", "heun"] = "euler"
+    """euler, or heun, of second order: two evaluations of the velocity a step"""
+    # --- shared: settings ---
+    # Critics and update ratio
+    hidden_size: int = 256
+    """width of the policy and of the critics"""
+    num_layers: int = 3
+    """hidden layers of each"""
+    lr: float = 3e-4
+    """Adam's learning rate, all networks"""
+    batch_size: int = 256
+    """action chunks per gradient step"""
+    gamma: float = 0.99
+    """discount per action chunk (DSRL's convention), not per primitive step"""
+    tau: float = 0.005
+    """Polyak step of the target critic, once per gradient step"""
+    train_freq: int = 2
+    """vector steps (num_envs chunks each) between train calls"""
+    utd: int = 20
+    """updates of Q^A, policy and alpha per train call"""
+    distill_steps: int = 10
+    """updates of Q^W per train call"""
+    reward_scale: float | Literal["auto"] = "auto"
+    """factor on rewards inside the critics; auto brings Q to order 1 to 10; reported returns are never scaled"""
+    # Environment and budget, in primitive environment steps
+    backbone: str = ""
+    """decoder file, ours or an unmodified DPPO / DSRL state_*.pt; empty: the one in backbones/ for this environment"""
+    normalization: str = ""
+    """normalization.npz of a DPPO / DSRL checkpoint; our decoders carry theirs"""
+    activation: Literal["relu", "mish"] = "relu"
+    """activation of a DPPO / DSRL checkpoint: relu on Gym, mish on robomimic; the file does not say"""
+    total_timesteps: int = 100_000
+    """length of the run, prior roll-outs included"""
+    num_envs: int = 4
+    """environments stepped together"""
+    prior_steps: int = 8_000
+    """steps of the frozen policy before any training"""
+    warmup_steps: int = 8_000
+    """steps after those in which only the critics learn, as the policy would follow what they make up at first"""
+    seed: int = 1
+    """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1"""
+    # Evaluation and logging
+    eval_every: int = 10_000
+    """steps between evaluations, each followed by a checkpoint"""
+    eval_episodes: int = 20
+    """episodes of an evaluation, always on the same seeds"""
+    log_every: int = 2_000
+    """steps between rows of metrics.csv"""
+    track: bool = False
+    """log to Weights & Biases too; set WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE as usual"""
+    no_progress: bool = False
+    """no progress bar"""
+    # Run folder
+    exp_name: str = Path(__file__).stem
+    """part of the run folder's name"""
+    run_dir: str = "runs"
+    """where run folders are made"""
+    resume: str = ""
+    """run folder to continue from its checkpoint, exactly"""
+
+
+# --- end shared: settings ---
+
+
+# What a preset fills in where the user set nothing: all as in lpds_adroit_flow.py.
+TABLE_1 = dict(train_freq=1, utd=10, distill_steps=10, prior_steps=2_000)
+OURS, PRINTED = {}, {}
+for task in ("Pen", "Hammer", "Door", "Relocate"):
+    for reward in ("", "Sparse"):
+        OURS[f"AdroitHand{task}{reward}"] = TABLE_1 | dict(warmup_steps=4_000, eval_episodes=50)
+        PRINTED[f"AdroitHand{task}{reward}"] = TABLE_1
+PAPER = dict(reward_scale=1.0, warmup_steps=0, total_timesteps=1_000_000)
+PAPER |= dict(eval_every=50_000, eval_episodes=100)
+LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
+LOWEST |= dict(target_entropy=-1e99)
+KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
+BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
+gym.register_envs(gymnasium_robotics)
+
+
+# --- shared: command line ---
+PRESETS = {"default": OURS, "paper": {name: PAPER | values for name, values in PRINTED.items()}}
+# What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
+FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
+
+
+def parse_args(argv=None) -> Args:
+    """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
+    if args.resume:
+        with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
+            base = Args(**json.loads(Path(args.resume, "args.json").read_text()))
+    args = tyro.cli(Args, args=argv, default=base, description=__doc__)
+    for name, value in asdict(args).items():
+        flag, was = f"--{name.replace('_', '-')} {value}", getattr(base, name)
+        same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
+        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = LOWEST.get(name, 1e-99), 1 if name in ("gamma", "tau") else 1e99
+            require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
+    close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
+    known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
+    require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
+    return args
+
+
+# --- end shared: command line ---
+# --- shared: errors ---
+def require(condition, message: str) -> None:
+    """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
+    if not condition:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+@contextmanager
+def blame(message: str):
+    """Whatever fails inside ends the program with `message` and the reason, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+
+
+def read_tensors(path: Path, flag: str) -> dict:
+    """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
+    with blame(f"{flag} {path}: no file of plain tensors, nothing in it was run"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+# --- end shared: errors ---
+# --- shared: environment ---
+class ActionChunk(gym.Wrapper):
+    """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
+
+    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
+    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
+    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
+    """
+
+    def __init__(self, env, chunk: int, normalization: dict):
+        super().__init__(env)
+        self.chunk, self.successes = chunk, []  # step by step
+        self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
+
+    def normalize(self, obs):  # (obs_dim,)
+        low, high = self.stats["obs_min"], self.stats["obs_max"]
+        return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
+
+    def reset(self, **kwargs):
+        self.successes = []
+        obs, info = self.env.reset(**kwargs)
+        return self.normalize(obs), info
+
+    def step(self, action):  # (chunk * A,)
+        low, high, box = self.stats["action_min"], self.stats["action_max"], self.env.action_space
+        total, steps = 0.0, 0
+        for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
+            obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
+            total, steps = total + reward, steps + 1
+            # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
+            self.successes.append(bool(info.get("success", truncated and not terminated)))
+            if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
+                break
+        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
+        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
+        info |= {"steps": steps, "success": any(self.successes)}
+        return self.normalize(obs), total, terminated, truncated, info
+
+
+def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
+    """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
+    return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
+
+
+# --- end shared: environment ---
+# --- shared: environment state ---
+def env_state(env, state: dict | None = None) -> dict:
+    """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
+    mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
+    counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
+    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}  # by some, at a reset
+    if state:
+        for name, array in moved.items():
+            array[:] = state[name].numpy()
+        vars(mj).update(state["numbers"])
+        for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
+            mujoco.mj_forward(mj.model, mj.data)
+            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
+        mj.np_random.bit_generator.state = json.loads(state["generator"])
+        for name in counters:
+            env.set_wrapper_attr(name, state[name])
+    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
+    mujoco.mj_getState(mj.model, mj.data, physics, spec)
+    now = {name: np.asarray(env.get_wrapper_attr(name)).tolist() for name in counters}
+    now |= {name: torch.from_numpy(array.copy()) for name, array in moved.items()}
+    now |= {"numbers": {name: float(value) for name, value in vars(mj).items() if isinstance(value, float)}}
+    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
+
+
+# --- end shared: environment state ---
+# --- shared: decoder ---
+class Decoder(nn.Module):
+    """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
+
+    DPPO's DiffusionMLP under DPPO's names: [x, time embedding, obs] through a linear layer, pre-activation residual
+    blocks and a linear head. It predicts noise (diffusion: DDIM with eta 0) or velocity (flow: Euler steps).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
+        self.activation = {"relu": torch.relu, "mish": nn.functional.mish}[config["activation"]]
+        t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
+        self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
+        cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
+        blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
+        layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
+        self.cond_mlp, self.mlp_mean = nn.ModuleDict(), nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.cond_mlp["moduleList"] = nn.ModuleList(cond)
+
+    def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
+        half = self.config["time_dim"] // 2
+        angle = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
+        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1).float())
+
+    def network(self, x, time_emb, obs):  # -> noise or velocity (B, Ta*A)
+        for i, layer in enumerate(self.cond_mlp["moduleList"]):
+            obs = layer["linear_1"](self.activation(obs) if i else obs)
+        first, *blocks, head = self.mlp_mean["layers"]
+        h = first(torch.cat([x, time_emb, obs], -1))
+        for block in blocks:
+            h = h + block["l2"](self.activation(block["l1"](self.activation(h))))
+        return head(h)
+
+    @staticmethod
+    def alpha_bar(steps: int):  # DPPO's cosine schedule (steps,); its grid ends at steps + 1, which is kept on purpose
+        f = np.cos((np.linspace(0, steps + 1, steps + 1) / (steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))
+
+    def freeze(self):
+        """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
+        kind, train, sample = (self.config[key] for key in ("kind", "train_steps", "sample_steps"))
+        times = np.arange(sample) * train / sample  # flow: from noise to action
+        if kind == "diffusion":
+            times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
+            now = self.alpha_bar(train)[times]
+            after = np.append(now[1:], 1.0)  # the last step lands on the clean action
+            self.schedule = np.stack([now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5], 1).tolist()
+        first = next(self.requires_grad_(False).parameters())
+        self.times = self.embed_time(torch.tensor(times.copy(), dtype=first.dtype, device=first.device))
+        return self
+
+    def forward(self, obs, noise):
+        x = noise
+        for i, time_emb in enumerate(self.times):
+            prediction = self.network(x, time_emb.expand(x.shape[0], -1), obs)
+            if self.config["kind"] == "flow":
+                x = x + prediction / len(self.times)
+            else:
+                a, b, a_next, b_next = self.schedule[i]
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and then
+                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that goes with what was clipped
+        return x.clamp(-1, 1)
+
+
+# --- end shared: decoder ---
+class FlowDecoder(Decoder):
+    """Phi as an ODE: dx/dt = v(x, t; obs) from the noise w at t = 0 to the action chunk at t = 1, in equal steps."""
+
+    def __init__(self, config: dict, solver: str):
+        super().__init__(config)
+        self.solver = solver
+
+    def freeze(self):
+        super().freeze()
+        n, scale = self.config["sample_steps"], self.config["train_steps"]  # what the time embedding calls t = 1
+        times = torch.arange(n + 1, dtype=self.times.dtype, device=self.times.device) * scale / n
+        self.times = self.embed_time(times)  # (n + 1, time_dim): Heun's method needs both ends of a step
+        return self
+
+    def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
+        return self.network(x, self.times[i].expand(x.shape[0], -1), obs)
+
+    def forward(self, obs, noise):
+        x, n = noise, len(self.times) - 1
+        for i in range(n):
+            slope = self.velocity(i, x, obs)
+            if self.solver == "heun":  # the mean of the slopes here and where Euler's step leads
+                slope = (slope + self.velocity(i + 1, x + slope / n, obs)) / 2
+            x = x + slope / n
+        return x.clamp(-1, 1)
+
+
+def load_decoder(args: Args):
+    """(frozen decoder on the CPU, normalization, card): the run's own, that of --backbone, or the committed one."""
+    task = args.env_id.removeprefix("AdroitHand").rsplit("-v", 1)[0].removesuffix("Sparse").lower()
+    path = Path(args.backbone or BACKBONES / f"adroit-{task}-flow.pt")
+    decoder, normalization, card = read_decoder(Path(args.resume, "backbone.pt") if args.resume else path, args)
+    kind = decoder.config["kind"]
+    require(kind == "flow", f"--backbone {path}: is a {kind} decoder; give one of pretrain_backbone.py --kind flow")
+    flow = FlowDecoder(decoder.config | {"sample_steps": args.ode_steps}, args.ode_solver)
+    flow.load_state_dict(decoder.state_dict())
+    return flow.freeze(), normalization, card
+
+
+# --- shared: decoder file ---
+def read_decoder(path: Path, args: Args):
+    """A file of ours or DPPO's -> (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
+    advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
+    require(path.is_file(), f"--backbone {path}: no such file; {advice}")
+    file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
+    with blame(f"{where}: {path} needs the normalization.npz that belongs to it"):
+        stats = file["normalization"] if "format" in file else np.load(args.normalization, allow_pickle=False)
+        keys = [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
+        stats = {key: np.asarray(stats[key]).astype(np.float64, casting="same_kind") for key in keys}
+    with blame(f"--backbone {path}: neither our decoder format nor DPPO's; {advice}"):
+        file = file if "format" in file else from_dppo(file, len(stats["action_min"]), args)
+        config, weights, card = file["config"], file["model"], dict(file.get("card", {}))
+        allowed = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
+        range(1, allowed + 1).index(config["sample_steps"])  # else ValueError
+        decoder = Decoder(config)
+        decoder.load_state_dict(weights)
+        decoder.freeze()
+    require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
+    with blame(f"--env-id {args.env_id}: Gymnasium cannot make it"):  # -v2 and -v3 are registered, but have moved out
+        env = gym.make(args.env_id)
+    env.close()
+    for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
+        size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
+        fits = f"{size} {x} coordinates, {args.env_id} has {shape}; give one that fits"
+        require((size,) == shape, f"--backbone {path}: {fits}")
+        valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
+        require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
+    return decoder, stats, card | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+
+
+def from_dppo(file: dict, action_dim: int, args: Args) -> dict:
+    """DPPO's checkpoint in our format. Sizes are read off the shapes; activation and schedule are not in it."""
+    weights = file["ema"] if "ema" in file else file["model"]
+    weights = {key.removeprefix("network."): w for key, w in weights.items() if key.startswith("network.")}
+    size = {key.removesuffix(".bias"): len(w) for key, w in weights.items() if key.endswith("bias")}
+    cond = [n for key, n in size.items() if key.startswith("cond_mlp")]
+    last = max(int(key.split(".")[2]) for key in size if key.startswith("mlp_mean.layers"))
+    d, time_dim, width = (size[key] for key in (f"mlp_mean.layers.{last}", "time_embedding.3", "mlp_mean.layers.0"))
+    inputs = weights["cond_mlp.moduleList.0.linear_1.weight" if cond else "mlp_mean.layers.0.weight"].shape[1]
+    config = dict(kind="diffusion", obs_dim=inputs if cond else inputs - d - time_dim, action_dim=action_dim)
+    config |= dict(chunk=d // action_dim, cond_hidden=cond, hidden=[width] * (2 * last - 1), time_dim=time_dim)
+    config |= dict(activation=args.activation, train_steps=20, sample_steps=5)  # steps: DPPO and DSRL on Gym
+    return {"config": config, "model": weights, "card": {}}
+
+
+# --- end shared: decoder file ---
+# --- shared: networks ---
+def mlp(n_in: int, n_out: int, args: Args):
+    """[Linear, LayerNorm, Tanh] x num_layers and a linear head, as DSRL's actor and critics."""
+    sizes = [n_in] + [args.hidden_size] * args.num_layers
+    trunk = [layer for m, n in zip(sizes, sizes[1:]) for layer in (nn.Linear(m, n), nn.LayerNorm(n), nn.Tanh())]
+    return nn.Sequential(*trunk, nn.Linear(sizes[-1], n_out))
+
+
+# --- end shared: networks ---
+# --- shared: critics, replay ---
+class TwinCritic(nn.ModuleList):
+    """Two independent networks for Q^A(s, a) or Q^W(s, w): obs (B, obs_dim), x (B, d) -> (2, B)."""
+
+    def forward(self, obs, x):
+        x = torch.cat([obs, x], -1)
+        return torch.stack([member(x).squeeze(-1) for member in self])
+
+
+class Replay:
+    """Every transition (chunk) of the run, on the learner's device: sampling asks the host for nothing."""
+
+    def __init__(self, capacity: int, obs_dim: int, d: int, device):
+        sizes = {"obs": [obs_dim], "action": [d], "reward": [], "next_obs": [obs_dim], "terminated": []}
+        self.data = {name: torch.empty(capacity, *size, device=device) for name, size in sizes.items()}
+        self.size, self.size_on_device = 0, torch.zeros((), device=device)
+
+    def add(self, **rows):  # each (n, ...)
+        n = len(rows["reward"])
+        for name, row in rows.items():
+            self.data[name][self.size : self.size + n] = torch.as_tensor(row)
+        self.size += n
+        self.size_on_device.fill_(self.size)
+
+    def sample(self, n: int) -> dict:
+        index = (torch.rand(n, device=self.size_on_device.device) * self.size_on_device).long()
+        return {name: column[index] for name, column in self.data.items()}
+
+
+# --- end shared: critics, replay ---
+# --- shared: agent and its updates ---
+class Agent(nn.Module):
+    """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
+
+    def __init__(self, args: Args, decoder: Decoder):
+        super().__init__()
+        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
+        self.args, self.decoder, self.distills = args, decoder, args.variant == "na"  # distills: uses Q^W
+        self.actor = mlp(obs_dim, 2 * d, args).to(device)  # mu and log sigma
+        self.register_buffer("started", torch.tensor(False, device=device))  # before its first update, w = eps
+        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init), device=device)])  # log alpha
+
+        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
+        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
+        self.q_a_target.load_state_dict(self.q_a.state_dict())
+        self.q_a_target.requires_grad_(False)
+        scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
+        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
+        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
+        names = ("q_a", "q_w", "actor", "temperature")
+        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in names}
+
+    @property
+    def alpha(self):  # it scales with the rewards, so that the trade-off starts where it does on raw ones
+        return self.reward_scale * self.temperature[0].detach().exp()
+
+    def squash(self, obs, noise):
+        """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d) and its log density in [-1, 1]^d (B,), as DSRL counts it."""
+        mu, log_sigma = self.actor(obs).chunk(2, -1)
+        log_sigma = log_sigma.clamp(-20, 2)
+        u = mu + log_sigma.exp() * noise
+        gaussian = -0.5 * noise.square() - log_sigma - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), exact for large u
+        # differs from DSRL: the bound holds for both variants; its released code ignores it in `na`: b is 1 there
+        return self.args.noise_bound * u.tanh(), (gaussian - log_slope).sum(-1)
+
+    def steer(self, obs, noise):  # eps (B, d) -> w (B, d)
+        # differs from DSRL: until the critics are warm the prior acts and is valued, as in LP-DS, not a random policy
+        return torch.where(self.started, self.squash(obs, noise)[0], noise)
+
+    @torch.no_grad()
+    def act(self, obs, noise):
+        """The steered policy: obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
+        return self.decoder(obs, self.steer(obs, noise))
+
+    def status(self, row: dict) -> str:  # a row of metrics.csv -> a few words for the progress bar
+        entropy = f"{-row['losses/log_prob']:.2f}" if "losses/log_prob" in row else "-"  # none before its first update
+        return f"E[-log pi] {entropy}, alpha {self.alpha:.3g}"
+
+    def step(self, name: str, loss):
+        """One Adam step of the network `name` alone, whatever else the loss went through."""
+        parameters = list(getattr(self, name).parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+
+
+def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
+    """Q^A by TD through the decoder (Algorithm 1, lines 8-11), then its target by Polyak averaging (line 20)."""
+    with torch.no_grad():
+        # The next action is the steered policy's, so what is learned is the value of steering
+        noise = torch.randn_like(batch["action"])
+        w, log_prob = agent.squash(batch["next_obs"], noise)
+        w = torch.where(agent.started, w, noise)
+        next_action = w if args.variant == "sac" else agent.decoder(batch["next_obs"], w)
+        bonus = -agent.alpha * agent.started * log_prob  # what comes next is worth its entropy, too
+        next_value = agent.q_a_target(batch["next_obs"], next_action).min(0).values + bonus
+        target = agent.reward_scale * batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
+    q = agent.q_a(batch["obs"], batch["action"])  # (2, B)
+    loss = 0.5 * (q - target).square().mean(1).sum()
+    agent.step("q_a", loss)
+    online = [parameter.detach() for parameter in agent.q_a.parameters()]
+    torch._foreach_lerp_(list(agent.q_a_target.parameters()), online, args.tau)
+    return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
+
+
+def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
+    """A step of the noise policy, then of its temperature, both as in SAC."""
+    agent.started.fill_(True)
+    obs, noise = batch["obs"], torch.randn_like(batch["action"])
+    w, log_prob = agent.squash(obs, noise)
+    critic = agent.q_w if args.variant == "na" else agent.q_a
+    loss = (agent.alpha * log_prob - critic(obs, w).min(0).values).mean()
+    agent.step("actor", loss)
+
+    surplus = -log_prob.detach().mean() - args.target_entropy  # nats above the target: alpha falls
+    agent.step("temperature", agent.temperature[0] * surplus)
+    prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
+    kl = log_prob - w.shape[1] * math.log(args.noise_bound) - prior  # log density in units of w, against N(0, I)
+    info = {"losses/actor": loss, "losses/log_prob": log_prob.mean(), "losses/alpha": agent.alpha}
+    return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
+
+
+# --- end shared: agent and its updates ---
+# --- shared: distillation ---
+def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
+    """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
+
+    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
+    """
+    noise = torch.randn_like(batch["action"])
+    with torch.no_grad():
+        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
+    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
+        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
+        agent.step("q_w", loss)
+    return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
+
+@torch.no_grad()
+def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
+    """What steering does at states obs (B, obs_dim), over n draws of noise each: action entropy, quality of Q^W."""
+    d, obs = agent.decoder.dim, obs.repeat_interleave(n, 0)
+    noise = torch.randn(len(obs), d, device=obs.device, generator=torch.Generator(obs.device).manual_seed(seed))
+    frozen, steered = agent.decoder(obs, noise), agent.act(obs, noise)
+    entropy, ties = knn_entropy(steered.view(-1, n, d))
+    entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
+    info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
+    if agent.distills:
+        q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(-1, n)
+        q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
+        q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
+        info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
+    return info
+
+
+# --- end shared: distillation ---
+# --- shared: evaluation ---
+def evaluate(policy, envs: list, seed: int, device) -> dict:
+    """One episode in each of `envs`, noise sampled; arrays (len(envs),) of return, success and length.
+
+    Episode i starts from seed + i and meets the same noise whatever the policy and however long the others live.
+    """
+    generator, n = torch.Generator().manual_seed(seed), len(envs)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    result = {"return": np.zeros(n), "success": np.zeros(n, bool), "length": np.zeros(n, int)}
+    alive = np.arange(n)
+    while len(alive):
+        noise = torch.randn(n, *envs[0].action_space.shape, generator=generator)[alive]
+        action = policy(torch.as_tensor(obs[alive], device=device), noise.to(device)).cpu().numpy()
+        for i, a in zip(list(alive), action):
+            obs[i], reward, terminated, truncated, info = envs[i].step(a)
+            result["return"][i] += reward
+            result["length"][i] += info["steps"]
+            for key in (key for key in info if key.startswith("success")):
+                result.setdefault(key, np.zeros(n))[i] = info[key]
+            if terminated or truncated:
+                alive = alive[alive != i]
+    return result
+
+
+# --- end shared: evaluation ---
+# --- shared: files ---
+def save(path: Path, write) -> None:
+    """write(temporary file), then rename: a crash, kill -9 or a full disk leaves what was there before whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        require(False, f"--run-dir: cannot write {path} ({error}); earlier files are whole: free space, then --resume")
+
+
+def write_csv(path: Path, rows: list) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # what a row lacks stays empty
+    lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
+    save(path, lambda file: file.write_text("\n".join([",".join(columns), *lines]) + "\n"))
+
+
+def plot_curves(path: Path, rows: list) -> None:
+    keys = "eval/episodic_return trust_region/violation trust_region/alpha losses/alpha entropy/action losses/q_w_corr"
+    keys = [key for key in keys.split() if any(key in row for row in rows)]
+    figure = Figure((3.6 * len(keys), 3.5), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        axis.plot(*zip(*[(row["global_step"], row[key]) for row in rows if key in row]))
+        axis.set_title(key)
+    save(path, lambda file: figure.savefig(file, format="png"))
+
+
+def save_checkpoint(run: Path, agent, replay, loop: dict, args) -> None:
+    """Everything that the next step depends on, in one file of plain tensors."""
+    good = all(bool(p.isfinite().all()) for p in agent.parameters())
+    require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
+    state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
+    state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
+    cuda, versions = agent.alpha.is_cuda, {p.__name__: str(p.__version__) for p in (torch, gym, np, mujoco)}
+    state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(agent.alpha.device) if cuda else None}
+    state |= {"loop": loop, "args": asdict(args), "script": Path(sys.argv[0]).name, "versions": versions}
+    save(run / "checkpoint.pt", partial(torch.save, state))
+
+
+def load_checkpoint(run: Path, agent, replay) -> dict:
+    """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
+    state = read_tensors(run / "checkpoint.pt", "--resume")
+    with blame(f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run"):
+        agent.load_state_dict(state["agent"])
+        for name, optimizer in agent.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        replay.add(**state["replay"])
+        torch.set_rng_state(state["rng"])
+        if agent.alpha.is_cuda:
+            torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
+        return state["loop"]
+
+
+# --- end shared: files ---
+# --- shared: run folder ---
+if __name__ == "__main__":
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
+    with blame(f"--device {args.device}: not usable; give auto, cpu or cuda"):
+        device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device))
+        torch.zeros(1, device=device)
+
+    # Decoder, environments, networks
+    decoder, normalization, card = load_decoder(args)
+    decoder = decoder.to(device).freeze()
+    make = partial(make_env, args.env_id, decoder.config["chunk"], normalization)
+    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    eval_envs = [make() for _ in range(args.eval_episodes)]
+    obs, _ = envs.reset(seed=args.seed)
+    agent = Agent(args, decoder)
+    replay = Replay(args.total_timesteps + args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+
+    # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
+    loop = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
+    loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
+    run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
+    if args.resume:
+        run, loop = Path(args.resume), load_checkpoint(Path(args.resume), agent, replay)
+        obs, before = loop["obs"].numpy(), loop["global_step"]
+        for env, state in zip(envs.envs, loop["envs"]):
+            env_state(env, state)
+    else:
+        with blame(f"--run-dir {args.run_dir}: {run.name} cannot be made there"):
+            run.mkdir(parents=True)
+        copied = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
+        copied |= {"card": card, "normalization": {key: torch.as_tensor(value) for key, value in normalization.items()}}
+        save(run / "backbone.pt", partial(torch.save, copied))
+    save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args) | {"resume": ""}, indent=1)))
+    tracker = None
+    if args.track:
+        try:
+            import wandb
+
+            tracker = wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
+        except Exception as error:
+            print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
+
+    size, c = sum(p.numel() for p in decoder.parameters()), decoder.config
+    print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
+    print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
+          f"{card['checksum']}, frozen by its card: return {card.get('frozen_return', math.nan):.0f}, success "
+          f"{card.get('frozen_success', math.nan):.2f}")  # fmt: skip
+    stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current step finish
+        signal.signal(number, lambda number, frame: stop.append(number))
+    started, mark = time.time() - loop["wall_seconds"], (before, time.time())
+    while True:
+        # (0) Log, evaluate, save; at step 0 the frozen decoder, which everything is compared with. Only here are losses
+        #     read back from the device.
+        step, finished = loop["global_step"], loop["global_step"] >= args.total_timesteps
+        due = [step > before and (finished or step // n > before // n) for n in (args.log_every, args.eval_every)]
+        if any(due):
+            row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"]}
+            if step:
+                names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
+                row |= dict(zip(names, np.mean(loop["episodes"] or [[]], 0)))
+                row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
+                index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
+                row |= probe(agent, replay.data["obs"][index], step)
+            if due[1]:
+                result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
+                loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
+                first = loop["evals"][0]
+                row["eval/episodic_return"] = result["return"].mean()
+                row |= {f"eval/{key}": result[key].mean() for key in result if key.startswith("success")}
+                row |= {f"eval/frozen_{key}": first[key].double().mean() for key in ("return", "success")}
+            loop["wall_seconds"] = time.time() - started
+            row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
+            bad = [key for key, value in row.items() if not math.isfinite(value)]
+            require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
+            loop["rows"].append(row)
+            loop["episodes"] = []
+            write_csv(run / "metrics.csv", loop["rows"])
+            if tracker:
+                try:
+                    tracker.log(row, step=step)
+                except Exception as error:
+                    tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
+            if due[1]:
+                arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
+                save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
+                loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
+                save_checkpoint(run, agent, replay, loop, args)
+                if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
+                    save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
+                returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f}), success "
+                returns += f"{row['eval/success']:.2f} ({row['eval/frozen_success']:.2f})"
+                bar.write(f"step {step:>7}  {returns}, {agent.status(row)}, {row.get('charts/SPS', 0):.0f} steps/s")
+            bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {agent.status(row)}", refresh=False)
+            mark = step, time.time()
+        if finished or stop:
+            break
+        # --- end shared: run folder ---
+
+        # (1) Act: eps ~ N(0, I), w = b tanh(mu(s) + sigma(s) eps), a = Phi(w; s); w = eps until the critics are warm
+        noise = torch.randn(args.num_envs, decoder.dim, device=device)
+        with torch.no_grad():
+            w = agent.steer(torch.as_tensor(obs, device=device), noise)
+        action = decoder(torch.as_tensor(obs, device=device), w).cpu().numpy()
+
+        # --- shared: step ---
+        # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
+        next_obs, reward, terminated, truncated, infos = envs.step(action)
+        final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
+        for i in np.flatnonzero(terminated | truncated):
+            real_next_obs[i] = infos["final_obs"][i]
+            ended = final["episode"]["r"][i], final["episode"]["l"][i], final["success"][i]
+            loop["episodes"].append([float(value) for value in ended])
+        loop["global_step"] += int(np.sum(infos.get("steps", 0)) + np.sum(final.get("steps", 0)))
+        loop["vector_steps"] += 1
+        bar.update(loop["global_step"] - bar.n)
+
+        # --- end shared: step ---
+
+        # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
+        stored = action if args.variant == "na" else w.cpu().numpy()  # what its critic values
+        replay.add(obs=obs, action=stored, reward=reward, next_obs=real_next_obs, terminated=terminated)
+        obs, trained = next_obs, loop["global_step"] - args.prior_steps
+
+        # (4) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
+        if step < max(args.prior_steps, 1) <= loop["global_step"] and args.reward_scale == "auto":
+            # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
+            # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
+            agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+        if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
+            started_call = time.time()
+            for _ in range(args.utd):
+                batch = replay.sample(args.batch_size)
+                loop["info"] |= update_action_critic(agent, batch, args)
+                if trained >= args.warmup_steps:
+                    loop["info"] |= update_actor(agent, batch, args)
+            if agent.distills and args.distill_steps:
+                loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
+            loop["gradient_steps"] += args.utd
+            if loop["gradient_steps"] == 20 * args.utd:
+                calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
+                bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
+
+    # --- shared: end ---
+    bar.close()
+    if stop:
+        loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
+        save_checkpoint(run, agent, replay, loop, args)
+        again = shlex.join([sys.argv[0], "--resume", str(run)])
+        print(f"stopped at step {step} and saved; go on with: python {again}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    plot_curves(run / "curves.png", loop["rows"])
+    print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {shlex.quote(str(run))}")
+# --- end shared: end ---
