@@ -154,8 +154,8 @@ PAPER = dict(reward_scale=1.0, warmup_steps=0, delta_norm="sum", dual="linear", 
 PAPER |= dict(eval_every=50_000, eval_episodes=100)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
 LOWEST |= dict(alpha_init=0, alpha_lr=0)
-KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
 BACKBONES = Path(__file__).parent / "backbones"
+KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
 gym.register_envs(gymnasium_robotics)
 
 
@@ -474,6 +474,7 @@ class Replay:
 
 
 # --- end shared: critics, replay ---
+# --- shared: perturbation ---
 def perturbation_mlp(obs_dim: int, d: int, args: Args):
     """Delta_theta: obs (B, obs_dim) -> (B, d), at first 0: the first policy is exactly the frozen one."""
     network = mlp(obs_dim, d, args)
@@ -482,6 +483,7 @@ def perturbation_mlp(obs_dim: int, d: int, args: Args):
     return network
 
 
+# --- end shared: perturbation ---
 # --- shared: agent and its updates ---
 class Agent(nn.Module):
     """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
@@ -784,11 +786,12 @@ if __name__ == "__main__":
         if finished or stop:
             break
         # --- end shared: run folder ---
-
+        # --- shared: act ---
         # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s); Delta is 0 until the critics are warm
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
 
+        # --- end shared: act ---
         # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
@@ -802,7 +805,7 @@ if __name__ == "__main__":
         bar.update(loop["global_step"] - bar.n)
 
         # --- end shared: step ---
-
+        # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
@@ -826,6 +829,7 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
+    # --- end shared: learn ---
     # --- shared: end ---
     bar.close()
     if stop:

@@ -146,8 +146,8 @@ PRINTED = {"Hopper": dict(delta=0.5, hidden_size=128), "Walker2d": dict(hidden_s
 PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
 LOWEST |= dict(alpha_init=0, alpha_lr=0)
-KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 BACKBONES = Path(__file__).parent / "backbones"
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 
 
 # --- shared: command line ---
@@ -434,6 +434,7 @@ class Replay:
 
 
 # --- end shared: critics, replay ---
+# --- shared: perturbation ---
 def perturbation_mlp(obs_dim: int, d: int, args: Args):
     """Delta_theta: obs (B, obs_dim) -> (B, d), at first 0: the first policy is exactly the frozen one."""
     network = mlp(obs_dim, d, args)
@@ -442,6 +443,7 @@ def perturbation_mlp(obs_dim: int, d: int, args: Args):
     return network
 
 
+# --- end shared: perturbation ---
 # --- shared: agent and its updates ---
 class Agent(nn.Module):
     """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
@@ -744,11 +746,12 @@ if __name__ == "__main__":
         if finished or stop:
             break
         # --- end shared: run folder ---
-
+        # --- shared: act ---
         # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s); Delta is 0 until the critics are warm
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
 
+        # --- end shared: act ---
         # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
@@ -762,7 +765,7 @@ if __name__ == "__main__":
         bar.update(loop["global_step"] - bar.n)
 
         # --- end shared: step ---
-
+        # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
@@ -786,6 +789,7 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
+    # --- end shared: learn ---
     # --- shared: end ---
     bar.close()
     if stop:

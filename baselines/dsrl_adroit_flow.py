@@ -144,8 +144,8 @@ PAPER = dict(reward_scale=1.0, warmup_steps=0, total_timesteps=1_000_000)
 PAPER |= dict(eval_every=50_000, eval_episodes=100)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
 LOWEST |= dict(target_entropy=-1e99)
-KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
+KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
 gym.register_envs(gymnasium_robotics)
 
 
@@ -771,13 +771,14 @@ if __name__ == "__main__":
         if finished or stop:
             break
         # --- end shared: run folder ---
-
+        # --- shared: act ---
         # (1) Act: eps ~ N(0, I), w = b tanh(mu(s) + sigma(s) eps), a = Phi(w; s); w = eps until the critics are warm
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         with torch.no_grad():
             w = agent.steer(torch.as_tensor(obs, device=device), noise)
         action = decoder(torch.as_tensor(obs, device=device), w).cpu().numpy()
 
+        # --- end shared: act ---
         # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
@@ -791,7 +792,7 @@ if __name__ == "__main__":
         bar.update(loop["global_step"] - bar.n)
 
         # --- end shared: step ---
-
+        # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         stored = action if args.variant == "na" else w.cpu().numpy()  # what its critic values
         replay.add(obs=obs, action=stored, reward=reward, next_obs=real_next_obs, terminated=terminated)
@@ -816,6 +817,7 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
+    # --- end shared: learn ---
     # --- shared: end ---
     bar.close()
     if stop:

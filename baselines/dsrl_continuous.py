@@ -137,8 +137,8 @@ PRINTED = {"Hopper": dict(hidden_size=128), "Walker2d": dict(noise_bound=2.5, hi
 PRINTED |= {"HalfCheetah": dict(hidden_size=1024)}
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
 LOWEST |= dict(target_entropy=-1e99)
-KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
+KNOWN_ENVS = [f"{name}-v{version}" for name in PRINTED for version in (4, 5)]
 
 
 # --- shared: command line ---
@@ -732,13 +732,14 @@ if __name__ == "__main__":
         if finished or stop:
             break
         # --- end shared: run folder ---
-
+        # --- shared: act ---
         # (1) Act: eps ~ N(0, I), w = b tanh(mu(s) + sigma(s) eps), a = Phi(w; s); w = eps until the critics are warm
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         with torch.no_grad():
             w = agent.steer(torch.as_tensor(obs, device=device), noise)
         action = decoder(torch.as_tensor(obs, device=device), w).cpu().numpy()
 
+        # --- end shared: act ---
         # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
@@ -752,7 +753,7 @@ if __name__ == "__main__":
         bar.update(loop["global_step"] - bar.n)
 
         # --- end shared: step ---
-
+        # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         stored = action if args.variant == "na" else w.cpu().numpy()  # what its critic values
         replay.add(obs=obs, action=stored, reward=reward, next_obs=real_next_obs, terminated=terminated)
@@ -777,6 +778,7 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
+    # --- end shared: learn ---
     # --- shared: end ---
     bar.close()
     if stop:

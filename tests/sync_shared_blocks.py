@@ -1,6 +1,6 @@
 """Copies every shared block out of the first of MODELS that has it into the files that have a block of the same name.
 
-One block, METHOD, has a text for each method, as it is what they differ in: DSRL's is in baselines/dsrl_continuous.py.
+The blocks METHOD have a text for each method, as they are what it changes: DSRL's are in baselines/dsrl_continuous.py.
 
 python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("lpds_continuous.py", "lpds_toy.py", "baselines/dsrl_continuous.py")
-METHOD = "agent and its updates"
+METHOD = ("agent and its updates", "act", "learn")
 BLOCK = re.compile(
     r"^ *# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^ *# --- end shared: (?P=name) ---\n", re.M | re.S
 )
@@ -38,7 +38,8 @@ def model_blocks(script: Path) -> dict[str, str]:
     for model in MODELS:
         found = blocks((ROOT / model).read_text()) | found
     if script.name.startswith("dsrl_"):
-        found[METHOD] = blocks((ROOT / "baselines/dsrl_continuous.py").read_text())[METHOD]
+        own = blocks((ROOT / "baselines/dsrl_continuous.py").read_text())
+        found |= {name: own[name] for name in METHOD}
     return found
 
 

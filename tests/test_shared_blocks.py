@@ -27,7 +27,7 @@ def test_the_pages_show_the_diffs_as_they_are():
 def test_blocks_are_found_and_open_ones_refused():
     names = {"settings", "command line", "errors", "environment", "environment state", "decoder", "decoder file"}
     names |= {"networks", "critics, replay", "agent and its updates", "distillation", "evaluation", "files"}
-    names |= {"run folder", "step", "end"}
+    names |= {"run folder", "act", "step", "learn", "end", "perturbation"}
     assert set(blocks((ROOT / "lpds_continuous.py").read_text())) == names
     with pytest.raises(ValueError):
         blocks("# --- shared: a ---\nx = 1\n# --- end shared: b ---\n")
