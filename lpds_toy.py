@@ -3,10 +3,11 @@
 # dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9",
 #   "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
 # ///
-"""What delta does, in one picture: LP-DS in two small worlds with several equally good ways.
+"""What delta does, in one picture: LP-DS (Lagrangian Perturbation Diffusion Steering) in two small worlds.
 
-MultiGoal: a point starts between four goals. Avoiding: a robot's rod passes six posts on one of 24 routes. The frozen
-policy a = Phi(w; s) takes them all; learned is a shift of its noise, paid from a budget that decides how many are left:
+A frozen policy a = Phi(w; s) turns noise w into actions. It reaches each of four goals about equally often (MultiGoal),
+or takes a robot's rod past six posts on one of 24 routes (Avoiding). Learned is a shift Delta of its noise that raises
+Q^W, the value of noise, within a budget delta. A small delta keeps every goal; a large one returns more, on one goal:
 
     w = eps + Delta_theta(s),  eps ~ N(0, I)        max_theta  E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
@@ -15,7 +16,8 @@ policy a = Phi(w; s) takes them all; learned is a shift of its noise, paid from 
     python lpds_toy.py --resume runs/FOLDER               # goes on with a run or a sweep
 
 A run folder gets metrics.csv, eval.npz, checkpoint.pt, best.pt and curves.png, a sweep's folder figure.png over all of
-its runs. What reproduces of the paper, and where this departs from it and from DSRL: docs/lpds_toy.md.
+its runs. LP-DS itself is perturbation_mlp, Agent, the three update functions, and the loop at the end. What reproduces
+of the paper, and where this departs from it and from DSRL: docs/lpds_toy.md.
 """
 
 import hashlib
@@ -49,7 +51,7 @@ from entropy import knn_entropy
 class Args:
     # LP-DS
     delta: float | None = None
-    """budget of E||Delta||^2; with it, this one run instead of the sweep"""
+    """budget of E||Delta||^2, noise having variance 1: 0.01 keeps all goals, 1 one of them; one run, not the sweep"""
     methods: tuple[Literal["lpds", "dsrl"], ...] = ("lpds", "dsrl")
     """what the sweep compares; dsrl is baselines/dsrl_toy.py"""
     deltas: tuple[float, ...] = (0.01, 0.05, 0.1, 0.35, 1.0)
@@ -63,9 +65,9 @@ class Args:
     dual: Literal["log", "linear"] = "log"
     """log: relative steps, which hold the constraint at any reward scale; linear: equation 10 as printed"""
     alpha_init: float = 1.0
-    """first price of the constraint, in Q per unit of ||Delta||^2"""
+    """first price of the constraint, in Q per unit of ||Delta||^2, far above the last one: Delta starts slowly"""
     alpha_lr: float = 1e-2
-    """step of the dual update"""
+    """step of the dual update: alpha moves by this share where the budget is exceeded by 100 %"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): nothing but the noise bound then limits Delta"""
     noise_bound: float | Literal["none"] = "none"
@@ -77,9 +79,9 @@ class Args:
     env_id: Literal["MultiGoal", "Avoiding"] = "MultiGoal"
     """four goals in the plane, or 24 routes around six posts (MuJoCo)"""
     start_std: float = 0.0
-    """MultiGoal: spread of the start around the origin; 0.05 already fixes the mode before steering can"""
+    """MultiGoal: spread of the start around the origin, where all is open; beside it the nearest goal is taken"""
     reward: Literal["sparse", "dppo"] = "sparse"
-    """Avoiding: DPPO's, 1 for every action behind the line, or 1 once, which ends the episode, as a contact does"""
+    """Avoiding: 1 once behind the line, which ends the episode, as a contact or 150 steps do; or DPPO's, 100 steps"""
     decoder: Literal["flow", "diffusion"] = "flow"
     """MultiGoal: kind of the decoder, cloned on first use and then kept in --run-dir"""
     backbone: str = ""
@@ -91,7 +93,7 @@ class Args:
     prior_steps: int = 2_000
     """steps of the frozen policy before any training"""
     warmup_steps: int = 3_000
-    """steps after those in which only the critics learn; without, alpha sinks too low, as nothing pulls at Delta yet"""
+    """steps after those in which only the critics learn, as Delta would follow what they make up at first"""
     seed: int = 1
     """seed of networks and noise; runs on a CPU repeat to the bit"""
     device: str = "cpu"
@@ -470,6 +472,7 @@ def bc_loss(decoder: Decoder, obs, chunks, abar):
 # --- end shared: behaviour cloning ---
 # --- shared: toy decoder, networks ---
 CLONE = dict(samples=1_000_000, noise=0.1, iterations=4_000, batch_size=2_048, lr=1e-3, seed=0)
+CLONE |= dict(hidden=[64] * 3, time_dim=16, activation="relu", train_steps=20, sample_steps=5)  # all hashed in its name
 
 
 def load_decoder(args: Args):
@@ -499,8 +502,8 @@ def load_decoder(args: Args):
 def clone(path: Path, kind: str) -> None:
     """Behaviour cloning of appendix B's noisy expert, which heads for the nearest goal; half a minute on one core."""
     torch.manual_seed(CLONE["seed"])
-    config = dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, hidden=[64] * 3, cond_hidden=[], time_dim=16)
-    decoder = Decoder(config | dict(activation="relu", train_steps=20, sample_steps=5))
+    config = {key: CLONE[key] for key in ("hidden", "time_dim", "activation", "train_steps", "sample_steps")}
+    decoder = Decoder(config | dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, cond_hidden=[]))
     obs, goals = torch.rand(CLONE["samples"], 2) * 4 - 2, torch.from_numpy(MultiGoalVector.GOALS)
     expert = (goals[torch.cdist(obs, goals).argmin(1)] - obs).clamp(-1, 1)
     action = (expert + CLONE["noise"] * torch.randn_like(obs)).clamp(-1, 1)
@@ -814,6 +817,8 @@ if __name__ == "__main__":
     if args.delta is None:  # many runs of this file, as many at once as there are cores, and one figure of all
         require(SWEEP.is_file(), f"--delta: missing, and the sweep needs {SWEEP}; give one of about 0.01 to 1")
         os.execv(sys.executable, [sys.executable, str(SWEEP), *sys.argv[1:]])  # in place, so that Ctrl-C reaches it
+    one = f"--seeds {args.seeds}: with --delta there is one run; the sweep takes --deltas {args.delta}"
+    require(args.seeds == Args.seeds or args.resume, one)
     args.lagrangian &= args.trust_region == "average"  # a budget in every state leaves nothing to price
     # --- shared: toy loop ---
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
@@ -826,7 +831,8 @@ if __name__ == "__main__":
     decoder = decoder.to(device).freeze()
     envs, eval_envs = (make_envs(n, args, decoder, normalization) for n in (args.num_envs, args.eval_episodes))
     agent = Agent(args, decoder)
-    replay = Replay(args.total_timesteps + 150 * args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+    over = 150 * args.num_envs  # the last round may go on for an episode each
+    replay = Replay(args.total_timesteps + over, decoder.config["obs_dim"], decoder.dim, device)
 
     # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
     loop = {"global_step": 0, "gradient_steps": 0, "rounds": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
@@ -861,10 +867,8 @@ if __name__ == "__main__":
         loop["wall_seconds"] = time.time() - started
         if step > before and (finished or step // args.eval_every > before // args.eval_every):
             result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
-            loop["paths"] = [
-                *loop["paths"][:1],
-                torch.as_tensor(result.pop("path")[:100]),
-            ]  # frozen, last
+            path = torch.as_tensor(result.pop("path")[:100])
+            loop["paths"] = [loop["paths"][0] if loop["paths"] else path, path]  # of the frozen policy, of the latest
             loop["evals"].append({"global_step": step} | {key: torch.as_tensor(v) for key, v in result.items()})
             first = loop["evals"][0]
             row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"], **modes(result, args)}
@@ -876,8 +880,10 @@ if __name__ == "__main__":
                 row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
                 index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
                 row |= probe(agent, replay.data["obs"][index], step)
-                start = agent.steer(replay.data["obs"][:1], torch.zeros(1, decoder.dim, device=device))
-                row["trust_region/start_sq_norm"] = start.detach().square().sum()  # where every episode begins
+                # A batch has too few states for the expectation: a few starts, where most is spent, decide its mean
+                seen = replay.data["obs"][: replay.size]
+                spent = agent.steer(seen, torch.zeros(len(seen), decoder.dim, device=device)).detach().square().sum(1)
+                row |= {"trust_region/start_sq_norm": spent[0], "trust_region/replay_sq_norm": spent.mean()}
             row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
             bad = [key for key, value in row.items() if not math.isfinite(value)]
             require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
@@ -890,7 +896,7 @@ if __name__ == "__main__":
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
             arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
-            arrays["path"] = np.stack([loop["paths"][0], loop["paths"][-1]])
+            arrays["path"] = np.stack(loop["paths"])
             save(run / "eval.npz", lambda file: np.savez_compressed(file.open("wb"), **arrays))  # noqa: B023
             save_checkpoint(run, agent, replay, loop, args)
             if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
@@ -931,7 +937,10 @@ if __name__ == "__main__":
                 continue
             if not loop["gradient_steps"] and args.reward_scale == "auto":
                 # differs from DSRL: brings Q to order 1 to 10, where Q^W follows; the mean reward for ever is worth 15
-                agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+                scale = 15 * (1 - args.gamma) / float(replay.data["reward"][: replay.size].abs().mean() + 1e-12)
+                known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
+                require(0 < scale < 1e6, known)
+                agent.reward_scale.fill_(scale)
             for _ in range(args.utd):
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)

@@ -61,9 +61,9 @@ class Args:
     env_id: Literal["MultiGoal", "Avoiding"] = "MultiGoal"
     """four goals in the plane, or 24 routes around six posts (MuJoCo)"""
     start_std: float = 0.0
-    """MultiGoal: spread of the start around the origin; 0.05 already fixes the mode before steering can"""
+    """MultiGoal: spread of the start around the origin, where all is open; beside it the nearest goal is taken"""
     reward: Literal["sparse", "dppo"] = "sparse"
-    """Avoiding: DPPO's, 1 for every action behind the line, or 1 once, which ends the episode, as a contact does"""
+    """Avoiding: 1 once behind the line, which ends the episode, as a contact or 150 steps do; or DPPO's, 100 steps"""
     decoder: Literal["flow", "diffusion"] = "flow"
     """MultiGoal: kind of the decoder, cloned on first use and then kept in --run-dir"""
     backbone: str = ""
@@ -75,7 +75,7 @@ class Args:
     prior_steps: int = 2_000
     """steps of the frozen policy before any training"""
     warmup_steps: int = 3_000
-    """steps after those in which only the critics learn; without, alpha sinks too low, as nothing pulls at Delta yet"""
+    """steps after those in which only the critics learn, as Delta would follow what they make up at first"""
     seed: int = 1
     """seed of networks and noise; runs on a CPU repeat to the bit"""
     device: str = "cpu"
@@ -453,6 +453,7 @@ def bc_loss(decoder: Decoder, obs, chunks, abar):
 # --- end shared: behaviour cloning ---
 # --- shared: toy decoder, networks ---
 CLONE = dict(samples=1_000_000, noise=0.1, iterations=4_000, batch_size=2_048, lr=1e-3, seed=0)
+CLONE |= dict(hidden=[64] * 3, time_dim=16, activation="relu", train_steps=20, sample_steps=5)  # all hashed in its name
 
 
 def load_decoder(args: Args):
@@ -482,8 +483,8 @@ def load_decoder(args: Args):
 def clone(path: Path, kind: str) -> None:
     """Behaviour cloning of appendix B's noisy expert, which heads for the nearest goal; half a minute on one core."""
     torch.manual_seed(CLONE["seed"])
-    config = dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, hidden=[64] * 3, cond_hidden=[], time_dim=16)
-    decoder = Decoder(config | dict(activation="relu", train_steps=20, sample_steps=5))
+    config = {key: CLONE[key] for key in ("hidden", "time_dim", "activation", "train_steps", "sample_steps")}
+    decoder = Decoder(config | dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, cond_hidden=[]))
     obs, goals = torch.rand(CLONE["samples"], 2) * 4 - 2, torch.from_numpy(MultiGoalVector.GOALS)
     expert = (goals[torch.cdist(obs, goals).argmin(1)] - obs).clamp(-1, 1)
     action = (expert + CLONE["noise"] * torch.randn_like(obs)).clamp(-1, 1)
@@ -788,7 +789,8 @@ if __name__ == "__main__":
     decoder = decoder.to(device).freeze()
     envs, eval_envs = (make_envs(n, args, decoder, normalization) for n in (args.num_envs, args.eval_episodes))
     agent = Agent(args, decoder)
-    replay = Replay(args.total_timesteps + 150 * args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+    over = 150 * args.num_envs  # the last round may go on for an episode each
+    replay = Replay(args.total_timesteps + over, decoder.config["obs_dim"], decoder.dim, device)
 
     # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
     loop = {"global_step": 0, "gradient_steps": 0, "rounds": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
@@ -823,10 +825,8 @@ if __name__ == "__main__":
         loop["wall_seconds"] = time.time() - started
         if step > before and (finished or step // args.eval_every > before // args.eval_every):
             result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
-            loop["paths"] = [
-                *loop["paths"][:1],
-                torch.as_tensor(result.pop("path")[:100]),
-            ]  # frozen, last
+            path = torch.as_tensor(result.pop("path")[:100])
+            loop["paths"] = [loop["paths"][0] if loop["paths"] else path, path]  # of the frozen policy, of the latest
             loop["evals"].append({"global_step": step} | {key: torch.as_tensor(v) for key, v in result.items()})
             first = loop["evals"][0]
             row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"], **modes(result, args)}
@@ -838,8 +838,10 @@ if __name__ == "__main__":
                 row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
                 index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
                 row |= probe(agent, replay.data["obs"][index], step)
-                start = agent.steer(replay.data["obs"][:1], torch.zeros(1, decoder.dim, device=device))
-                row["trust_region/start_sq_norm"] = start.detach().square().sum()  # where every episode begins
+                # A batch has too few states for the expectation: a few starts, where most is spent, decide its mean
+                seen = replay.data["obs"][: replay.size]
+                spent = agent.steer(seen, torch.zeros(len(seen), decoder.dim, device=device)).detach().square().sum(1)
+                row |= {"trust_region/start_sq_norm": spent[0], "trust_region/replay_sq_norm": spent.mean()}
             row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
             bad = [key for key, value in row.items() if not math.isfinite(value)]
             require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
@@ -852,7 +854,7 @@ if __name__ == "__main__":
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
             arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
-            arrays["path"] = np.stack([loop["paths"][0], loop["paths"][-1]])
+            arrays["path"] = np.stack(loop["paths"])
             save(run / "eval.npz", lambda file: np.savez_compressed(file.open("wb"), **arrays))  # noqa: B023
             save_checkpoint(run, agent, replay, loop, args)
             if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
@@ -893,7 +895,10 @@ if __name__ == "__main__":
                 continue
             if not loop["gradient_steps"] and args.reward_scale == "auto":
                 # differs from DSRL: brings Q to order 1 to 10, where Q^W follows; the mean reward for ever is worth 15
-                agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+                scale = 15 * (1 - args.gamma) / float(replay.data["reward"][: replay.size].abs().mean() + 1e-12)
+                known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
+                require(0 < scale < 1e6, known)
+                agent.reward_scale.fill_(scale)
             for _ in range(args.utd):
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)

@@ -1,6 +1,6 @@
 """Figures of lpds_toy.py.
 
-python benchmark/plot_toy.py runs/SWEEP              # figure.png: ways, modes, constraint; table.md: numbers
+python benchmark/plot_toy.py runs/SWEEP              # figure.png: paths, modes, constraint; table.md: numbers
 python benchmark/plot_toy.py runs/SWEEP --keep DIR   # and copies what they need, small enough to commit, into DIR
 python benchmark/plot_toy.py runs/RUN                # states.png: where in the plane a run spends its budget
 """
@@ -22,7 +22,7 @@ from run import read_csv
 from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+sys.path[:0] = [str(ROOT)]
 import lpds_toy  # noqa: E402
 from lpds_toy import Avoiding, MultiGoalVector, require, save  # noqa: E402
 
@@ -32,24 +32,28 @@ GOALS = [tuple(goal) for goal in MultiGoalVector.GOALS.astype(int).tolist()]
 def read(folder: Path) -> tuple:
     """(settings of the sweep, label -> [run of each seed, ...]); a run's keys are those of metrics.csv and eval.npz."""
     runs = {}
-    for file in [file for home in sorted(folder.glob("*__*")) for file in sorted(home.glob("*__*/eval.npz"))[-1:]]:
+    homes = sorted(folder.glob("*__*/"), key=lambda home: int(home.name.rpartition("__")[2]))  # by their seeds
+    for file in [file for home in homes for file in sorted(home.glob("*__*/eval.npz"))[-1:]]:
         with np.load(file, allow_pickle=False) as arrays:
             run = read_csv(file.with_name("metrics.csv")) | {f"eval.{key}": arrays[key] for key in arrays.files}
         args = run["args"] = json.loads(file.with_name("args.json").read_text())
         if "trust_region/violation" in run:  # neither DSRL nor before the end of the warm-up
             d = {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
             run["start/delta"] = run["trust_region/start_sq_norm"] / (d * args["delta"])
-            run["ratio"] = run["trust_region/violation"] + 1
+            batch = (run["trust_region/violation"] + 1) * d * args["delta"]  # older runs
+            run["ratio"] = run.get("trust_region/replay_sq_norm", batch) / (d * args["delta"])
         runs.setdefault(file.parents[1].name.rpartition("__")[0], []).append(run)
     require(runs, f"{folder}: holds no runs; give the folder of a sweep of lpds_toy.py")
     order = sorted(runs, key=lambda label: (label == "dsrl", runs[label][0]["args"].get("delta")))
     return json.loads((folder / "args.json").read_text()), {label: runs[label] for label in order}
 
 
-def draw_ways(axis, world: str, paths, modes) -> None:
+def draw_paths(axis, world: str, paths, modes) -> None:
     """At most 100 episodes in the plane, in the colour of the goal or route; failures are grey."""
+    wheel = matplotlib.colormaps["hsv"](np.linspace(0, 0.95, 24))
     for path, mode in zip(paths[:100], modes):
-        axis.plot(*path.T, color="0.7" if mode < 0 else f"C{mode % 10}", linewidth=0.5, alpha=0.7)
+        color = "0.7" if mode < 0 else f"C{mode}" if world == "MultiGoal" else wheel[mode]
+        axis.plot(*path.T, color=color, linewidth=0.5, alpha=0.7)
     for x, y, radius in Avoiding.POSTS if world == "Avoiding" else [(*goal, 0.2) for goal in GOALS]:
         axis.add_patch(Circle((x, y), radius, fill=world == "Avoiding", color="0.2", linewidth=0.8, zorder=3))
     limits = [(0.15, 0.85), (-0.32, 0.55)] if world == "Avoiding" else [(-1.6, 1.6)] * 2
@@ -57,7 +61,7 @@ def draw_ways(axis, world: str, paths, modes) -> None:
 
 
 def draw(folder: Path) -> Path:
-    """figure.png of a sweep: ways of its first seed; what happened to modes and constraint, mean and single seeds."""
+    """figure.png of a sweep: paths of its first seed; what happened to modes and constraint, mean and single seeds."""
     args, runs = read(folder)
     world = args["env_id"]
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
@@ -68,10 +72,10 @@ def draw(folder: Path) -> Path:
 
     some = next(iter(runs.values()))[0]
     axes = top.subplots(1, len(runs) + 1)
-    draw_ways(axes[0], world, some["eval.path"][0], some["eval.mode"][0])
+    draw_paths(axes[0], world, some["eval.path"][0], some["eval.mode"][0])
     axes[0].set_title("frozen")
     for axis, (label, members) in zip(axes[1:], runs.items()):
-        draw_ways(axis, world, members[0]["eval.path"][1], members[0]["eval.mode"][-1])
+        draw_paths(axis, world, members[0]["eval.path"][1], members[0]["eval.mode"][-1])
         axis.set_title(names[label])
 
     panels = {f"share of goal {goal}": i for i, goal in enumerate(GOALS)}
@@ -92,18 +96,23 @@ def draw(folder: Path) -> Path:
                 continue
             n = min(map(len, curves))
             style = {"color": colors[label], "linestyle": "--" if label == "dsrl" else "-"}
-            for curve in curves:
-                axis.plot(members[0]["global_step"][:n], curve[:n], **style, linewidth=0.5, alpha=0.5)
+            for run, curve in zip(members, curves):
+                axis.plot(run["global_step"][:n], curve[:n], **style, linewidth=0.5, alpha=0.5)
             mean = np.mean([curve[:n] for curve in curves], 0)
             axis.plot(members[0]["global_step"][:n], mean, **style, linewidth=1.8, label=names[label])
         if isinstance(key, int):
             axis.set_ylim(0, 1)
-        if key in ("ratio", "start/delta", "trust_region/alpha"):
-            axis.set_yscale("log")
+        if key in ("start/delta", "trust_region/alpha"):
+            axis.set(yscale="log", ylim=(1e-2, None) if key == "start/delta" else None)
+        if key == "ratio":
+            axis.axhline(1, color="0.5", linewidth=0.8)
+            axis.set_ylim(0, 2.5)
+        axis.set_xlim(0, args["total_timesteps"])
     handles, texts = axes[0].get_legend_handles_labels()
     bottom.legend(handles, texts, loc="outside lower center", ncols=len(runs))
     seeds = f"seeds {args['seed']} to {args['seed'] + args['seeds'] - 1}"
-    figure.suptitle(f"{world}, {seeds}; above the ways of seed {args['seed']} after {args['total_timesteps']:,} steps")
+    what = f"100 episodes of seed {args['seed']} after {args['total_timesteps']:,} steps, and curves against steps"
+    figure.suptitle(f"{world}: {what} ({seeds}; thick: their mean)")
     save(folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=130))
     return folder / "figure.png"
 
@@ -159,8 +168,11 @@ def keep(folder: Path, target: Path) -> None:
 
 @torch.no_grad()
 def draw_states(run: Path) -> Path:
-    """states.png of a MultiGoal run: ||Delta(s)||^2 / delta over the plane, and where it moves noise at some states."""
-    args = lpds_toy.Args(**json.loads((run / "args.json").read_text()) | {"resume": str(run)})
+    """states.png of a MultiGoal run: Delta(s), ||Delta(s)||^2 / delta in the plane; noise and actions at the start."""
+    settings = json.loads((run / "args.json").read_text())
+    known = settings.get("perturb") == "noise"
+    require(known, f"{run}: has no shift of noise to draw (DSRL, or --perturb action); give a run of LP-DS")
+    args = lpds_toy.Args(**settings | {"resume": str(run)})
     require(args.env_id == "MultiGoal", f"{run}: is not of MultiGoal, the only world that fits into a plane")
     decoder, *_ = lpds_toy.load_decoder(args)
     agent = lpds_toy.Agent(args, decoder)
@@ -177,6 +189,10 @@ def draw_states(run: Path) -> Path:
     few = slice(None, None, 8)
     x, y, u, v = (column.view(81, 81)[few, few] for column in (*obs.T, *shift.T))
     plane.quiver(x, y, u, v, color="white", angles="xy")
+    with np.load(
+        run / "eval.npz"
+    ) as arrays:  # where its episodes pass; elsewhere Delta costs nothing and means nothing
+        plane.scatter(*arrays["path"][1].reshape(-1, 2).T, s=1, color="black", alpha=0.3)
     plane.plot(*MultiGoalVector.GOALS.T, "o", color="white", fillstyle="none", markersize=14)
     plane.set_title(r"where the budget goes; arrows: $\Delta(s)$")
     start, noise = torch.zeros(1_000, 2), torch.randn(1_000, 2, generator=torch.Generator().manual_seed(0))

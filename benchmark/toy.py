@@ -25,11 +25,11 @@ import plot_toy  # noqa: E402
 import lpds_toy  # noqa: E402
 from lpds_toy import blame, require, save  # noqa: E402
 
-FREE = ("total_timesteps", "eval_every", "track", "no_progress")  # what a resumed run accepts anew
+FREE = [name for name in lpds_toy.FREE if name != "resume"]
 
 
 def commands(args, folder: Path) -> list:
-    """[(folder of the run, command), ...] of what is still to do; as many seeds as possible of everything first."""
+    """[(folder of the run, command), ...] of what is still to do; the first seed of everything, then the second."""
     names = list(asdict(args))
     ours, both = names[names.index("delta_norm") : names.index("env_id")], names[names.index("env_id") :]
     both = [name for name in both if name not in ("backbone", "seed", "exp_name", "run_dir", "resume")]
@@ -43,13 +43,19 @@ def commands(args, folder: Path) -> list:
     lpds, dsrl = str(ROOT / "lpds_toy.py"), str(ROOT / "baselines" / "dsrl_toy.py")
     methods = [(f"delta-{delta:g}", [lpds, "--delta", str(delta), *flags(ours)]) for delta in args.deltas]
     methods = methods * ("lpds" in args.methods) + [("dsrl", [dsrl])] * ("dsrl" in args.methods)
+    labels = [label for label, _ in methods]
+    require(len({*labels}) == len(labels), f"--deltas {args.deltas}: two of them are the same; give each once")
     left = []
     for seed in range(args.seed, args.seed + args.seeds):
         for label, command in methods:
             home = folder / f"{label}__{seed}"
-            if list(home.glob("*/curves.png")):  # the last file that a run writes
+            done = sorted(home.glob("*/curves.png"))[
+                -1:
+            ]  # the last file that a run writes, perhaps of a smaller budget
+            if done and plot_toy.read_csv(done[0].with_name("metrics.csv"))["global_step"][-1] >= args.total_timesteps:
                 continue
             where = ["--backbone", str(folder / "backbone.pt"), "--seed", str(seed), "--run-dir", str(home)]
+            where += ["--exp-name", label]
             command = [sys.executable, *command, *flags(both), *where]
             for checkpoint in sorted(home.glob("*/checkpoint.pt"))[-1:]:
                 command = [sys.executable, command[1], "--resume", str(checkpoint.parent), *flags(("env_id", *FREE))]
@@ -82,8 +88,11 @@ def sweep(args) -> Path:
         time.sleep(0.1)
         for home, child in list(running.items()):
             if child.poll() is not None:
-                bar.update(running.pop(home) is child)
+                del running[home]
+                bar.update()
                 failed += [home] * (child.returncode != 0 and not stop)
+                if failed:  # the others would fail alike
+                    waiting.clear()
             elif stop:
                 child.terminate()  # it saves at the end of its round
     bar.close()
@@ -91,11 +100,13 @@ def sweep(args) -> Path:
     log = failed and failed[0] / "log.txt"
     require(not failed, f"{len(failed)} runs failed, the end of {log} says why; then go on with: {again}")
     if stop:
-        print(f"stopped, every run saved; go on with: {again}", file=sys.stderr)
+        print(f"stopped, what was running is saved; go on with: {again}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return folder
 
 
 if __name__ == "__main__":
-    folder = sweep(lpds_toy.parse_args())
+    args = lpds_toy.parse_args()
+    require(args.delta is None, f"--delta {args.delta}: is one run of lpds_toy.py; a sweep takes --deltas {args.delta}")
+    folder = sweep(args)
     print(f"finished: {plot_toy.draw(folder)}, {plot_toy.table(folder)}")

@@ -357,7 +357,7 @@ def test_learning_holds_the_constraint_and_raises_the_return(decoders, tmp_path)
     for delta, process in runs.items():
         finish(process)
         table = rows(only(tmp_path / str(delta)))
-        late = [row["trust_region/violation"] + 1 for row in table if row["global_step"] > 8_000]
+        late = [row["trust_region/replay_sq_norm"] / delta for row in table if row["global_step"] > 8_000]
         assert 0.85 < np.mean(late) < 1.15, late
         last[delta] = table[-1]
     frozen, largest = last[0.35]["eval/frozen_return"], {delta: row["eval/mode_max"] for delta, row in last.items()}
@@ -438,6 +438,8 @@ BAD = {
     "--delta -1": "--delta -1.0: must lie in",
     "--deltas 0.1 0": "--deltas (0.1, 0.0): must lie in",
     "--seeds 0": "--seeds 0: must lie in",
+    "--delta 0.1 --seeds 5": "--seeds 5: with --delta there is one run",
+    "--delta 0.1 --gamma 1 --prior-steps 0 --warmup-steps 0": "--reward-scale auto: no reward yet, or --gamma is 1",
     "--delta 0.1 --gamma 2": "--gamma 2.0: must lie in [0, 1]",
     "--delta 0.1 --device tpu": "--device tpu: not usable",
     "--delta 0.1 --backbone no.pt": "--backbone no.pt: no such file",
@@ -460,7 +462,7 @@ def test_bad_input_gets_one_sentence(flags, decoders, monkeypatch, capsys, tmp_p
         runpy.run_path(argv[0], run_name="__main__")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and BAD[flags] in error and error.count("\n") == 1, error
-    assert not list(tmp_path.iterdir()) or "--alpha-init" in flags
+    assert not list(tmp_path.iterdir()) or "--alpha-init" in flags or "--gamma 1 " in flags
 
 
 def test_success_on_avoiding_rises_in_a_short_run(tmp_path):
