@@ -104,7 +104,7 @@ class Args:
     num_envs: int = 4
     """environments stepped together"""
     prior_steps: int = 8_000
-    """steps of the frozen policy before any training"""
+    """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
     """steps after those in which only the critics learn, as the policy would follow what they make up at first"""
     seed: int = 1
@@ -158,8 +158,13 @@ FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "r
 
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
+    argv = sys.argv[1:] if argv is None else argv
+    asked = [flag for flag in argv if flag not in ("-h", "--help")]  # help comes below, with the preset's values
+    args = tyro.cli(Args, args=asked, description=__doc__)
+    name = args.env_id.rsplit("-v", 1)[0]
+    unknown = f"--preset {args.preset}: has no settings for {args.env_id}; leave it out"
+    require(args.preset == "default" or name in PRESETS[args.preset], unknown)
+    base = Args(**PRESETS[args.preset].get(name, {}))
     if args.resume:
         with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
             base = Args(**json.loads(Path(args.resume, "args.json").read_text()))
@@ -254,7 +259,9 @@ def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
     counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
-    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}  # by some, at a reset
+    moved = {
+        name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")
+    }  # some draw a task in the model
     if state:
         for name, array in moved.items():
             array[:] = state[name].numpy()
@@ -436,7 +443,7 @@ class Replay:
 # --- end shared: critics, replay ---
 # --- shared: perturbation ---
 def perturbation_mlp(obs_dim: int, d: int, args: Args):
-    """Delta_theta: obs (B, obs_dim) -> (B, d), at first 0: the first policy is exactly the frozen one."""
+    """Delta_theta: obs (B, obs_dim) -> (B, d), at first 0: the first policy is the frozen one (but for a bound)."""
     network = mlp(obs_dim, d, args)
     for zero in network[-1].parameters():
         nn.init.zeros_(zero)
@@ -454,7 +461,7 @@ class Agent(nn.Module):
         self.args, self.decoder, self.distills = args, decoder, args.perturb == "noise"  # distills: uses Q^W
         self.noise_bound = math.inf if args.noise_bound == "none" else args.noise_bound
         self.perturbation = perturbation_mlp(obs_dim, d, args).to(device)  # Delta_theta
-        stuck = args.dual == "log" and args.alpha_init == 0
+        stuck = args.lagrangian and args.dual == "log" and args.alpha_init == 0
         require(not stuck, "--alpha-init 0: relative steps never leave 0; give a positive value or --dual linear")
         self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0, device=device))
 
@@ -775,6 +782,9 @@ if __name__ == "__main__":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
             agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+            known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
+            require(0 < agent.reward_scale < math.inf, known)
+            bar.write(f"rewards count {agent.reward_scale:.3g} times inside the critics")
         if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
             started_call = time.time()
             for _ in range(args.utd):

@@ -53,20 +53,20 @@ from entropy import knn_entropy  # noqa: E402
 class Args:
     # DSRL
     env_id: str = "AdroitHandPen-v1"
-    """AdroitHandPen, Hammer, Door or Relocate, -v1 or Sparse-v1; with --backbone any MuJoCo environment"""
+    """AdroitHandPen-v1 or AdroitHandPenSparse-v1, likewise Hammer, Door, Relocate; others need --backbone"""
     preset: Literal["default", "paper"] = "default"
-    """default learns within hours on a small machine; paper is the printed configuration, meant for a GPU"""
+    """default: 100,000 steps, for a small machine; paper: the printed configuration, 1,000,000 steps"""
     variant: Literal["na", "sac"] = "na"
     """na: Q^A on actions, distilled into Q^W on noise; sac: one critic on noise, learned by TD, no distillation"""
     noise_bound: float = 2.5
-    """b, half the side of the box of w (table 1); 1.0 is what the released code does in its na variant"""
+    """b, half the side of the box of w (table 3); 1.0 is what the released code does in its na variant"""
     alpha_init: float = 1.0
     """first temperature, in unscaled reward per nat"""
     target_entropy: float = 0.0
     """entropy that the temperature holds, in nats over the box [-1, 1]^d (before scaling); at most d log 2"""
     # Decoder
     ode_steps: int = 10
-    """steps of the flow's ODE; a run costs in proportion to it"""
+    """steps of the flow's ODE, in place of the number in the decoder's file; decoding costs in proportion to it"""
     ode_solver: Literal["euler", "heun"] = "euler"
     """euler, or heun, of second order: two evaluations of the velocity a step"""
     # --- shared: settings ---
@@ -103,7 +103,7 @@ class Args:
     num_envs: int = 4
     """environments stepped together"""
     prior_steps: int = 8_000
-    """steps of the frozen policy before any training"""
+    """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
     """steps after those in which only the critics learn, as the policy would follow what they make up at first"""
     seed: int = 1
@@ -134,12 +134,13 @@ class Args:
 
 
 # What a preset fills in where the user set nothing: all as in lpds_adroit_flow.py.
-TABLE_1 = dict(train_freq=1, utd=10, distill_steps=10, prior_steps=2_000)
-OURS, PRINTED = {}, {}
-for task in ("Pen", "Hammer", "Door", "Relocate"):
-    for reward in ("", "Sparse"):
-        OURS[f"AdroitHand{task}{reward}"] = TABLE_1 | dict(warmup_steps=4_000, eval_episodes=50)
-        PRINTED[f"AdroitHand{task}{reward}"] = TABLE_1
+TABLE_1 = dict(utd=10, distill_steps=10, prior_steps=2_000)  # its discount and sizes are the defaults
+PRINTED = {
+    f"AdroitHand{task}{reward}": TABLE_1 | dict(train_freq=1)
+    for task in ("Pen", "Hammer", "Door", "Relocate")
+    for reward in ("", "Sparse")
+}
+OURS = {name: values | dict(warmup_steps=4_000, eval_episodes=50) for name, values in PRINTED.items()}
 PAPER = dict(reward_scale=1.0, warmup_steps=0, total_timesteps=1_000_000)
 PAPER |= dict(eval_every=50_000, eval_episodes=100)
 LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
@@ -157,8 +158,13 @@ FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "r
 
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    base = Args(**PRESETS[args.preset].get(args.env_id.rsplit("-v", 1)[0], {}))
+    argv = sys.argv[1:] if argv is None else argv
+    asked = [flag for flag in argv if flag not in ("-h", "--help")]  # help comes below, with the preset's values
+    args = tyro.cli(Args, args=asked, description=__doc__)
+    name = args.env_id.rsplit("-v", 1)[0]
+    unknown = f"--preset {args.preset}: has no settings for {args.env_id}; leave it out"
+    require(args.preset == "default" or name in PRESETS[args.preset], unknown)
+    base = Args(**PRESETS[args.preset].get(name, {}))
     if args.resume:
         with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
             base = Args(**json.loads(Path(args.resume, "args.json").read_text()))
@@ -253,7 +259,9 @@ def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
     counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
-    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}  # by some, at a reset
+    moved = {
+        name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")
+    }  # some draw a task in the model
     if state:
         for name, array in moved.items():
             array[:] = state[name].numpy()
@@ -273,6 +281,8 @@ def env_state(env, state: dict | None = None) -> dict:
 
 
 # --- end shared: environment state ---
+# The next block is that of every script; what counts here are its network and its velocity. Diffusion decoders are
+# refused, and FlowDecoder below replaces freeze and forward.
 # --- shared: decoder ---
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
@@ -348,7 +358,8 @@ class FlowDecoder(Decoder):
 
     def freeze(self):
         super().freeze()
-        n, scale = self.config["sample_steps"], self.config["train_steps"]  # what the time embedding calls t = 1
+        n = self.config["sample_steps"]
+        scale = self.config["train_steps"]  # the time embedding counts to this at t = 1
         times = torch.arange(n + 1, dtype=self.times.dtype, device=self.times.device) * scale / n
         self.times = self.embed_time(times)  # (n + 1, time_dim): Heun's method needs both ends of a step
         return self
@@ -368,11 +379,17 @@ class FlowDecoder(Decoder):
 
 def load_decoder(args: Args):
     """(frozen decoder on the CPU, normalization, card): the run's own, that of --backbone, or the committed one."""
+    known = args.backbone or args.resume or args.env_id in KNOWN_ENVS
+    advice = f"pretrain_backbone.py --kind flow makes one for --backbone, or take one of {', '.join(KNOWN_ENVS)}"
+    require(known, f"--env-id {args.env_id}: there is no decoder for it; {advice}")
     task = args.env_id.removeprefix("AdroitHand").rsplit("-v", 1)[0].removesuffix("Sparse").lower()
     path = Path(args.backbone or BACKBONES / f"adroit-{task}-flow.pt")
     decoder, normalization, card = read_decoder(Path(args.resume, "backbone.pt") if args.resume else path, args)
     kind = decoder.config["kind"]
-    require(kind == "flow", f"--backbone {path}: is a {kind} decoder; give one of pretrain_backbone.py --kind flow")
+    advice = "this script integrates flows, as pretrain_backbone.py --kind flow makes them; DPPO's are none"
+    require(kind == "flow", f"--backbone {path}: is a {kind} decoder; {advice}")
+    if card.get("env_id", "").rsplit(":")[-1] != args.env_id:  # a Sparse task: the same success, other rewards
+        card.pop("frozen_return", None)
     flow = FlowDecoder(decoder.config | {"sample_steps": args.ode_steps}, args.ode_solver)
     flow.load_state_dict(decoder.state_dict())
     return flow.freeze(), normalization, card
@@ -803,6 +820,9 @@ if __name__ == "__main__":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
             agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
+            known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
+            require(0 < agent.reward_scale < math.inf, known)
+            bar.write(f"rewards count {agent.reward_scale:.3g} times inside the critics")
         if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
             started_call = time.time()
             for _ in range(args.utd):

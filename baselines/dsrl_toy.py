@@ -134,7 +134,9 @@ FREE = ("total_timesteps", "eval_every", "track", "no_progress", "resume")
 
 def parse_args(argv=None) -> Args:
     """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    asked = [flag for flag in argv if flag not in ("-h", "--help")]  # help comes below, with the preset's values
+    args = tyro.cli(Args, args=asked, description=__doc__)
     base = Args(**PRESETS[args.env_id])
     if args.resume:
         with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
@@ -895,10 +897,9 @@ if __name__ == "__main__":
                 continue
             if not loop["gradient_steps"] and args.reward_scale == "auto":
                 # differs from DSRL: brings Q to order 1 to 10, where Q^W follows; the mean reward for ever is worth 15
-                scale = 15 * (1 - args.gamma) / float(replay.data["reward"][: replay.size].abs().mean() + 1e-12)
+                agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
                 known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
-                require(0 < scale < 1e6, known)
-                agent.reward_scale.fill_(scale)
+                require(0 < agent.reward_scale < math.inf, known)
             for _ in range(args.utd):
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)

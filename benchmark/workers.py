@@ -5,7 +5,8 @@ that follows every vector step. Writes benchmark/results/workers.json and .md.
 python benchmark/workers.py            # two minutes
 python benchmark/workers.py --table    # the table alone, from the .json
 
-Workers run beside the learner, so the clock is that on the wall: the variants take turns, and the fastest turn counts.
+By the clock on the wall, as the processor time of workers does not show here. The variants take turns, and the fastest
+turn counts, which leaves out those with a reset.
 """
 
 import json
@@ -64,7 +65,9 @@ def measure(env_id: str, repeats: int, flags: tuple = ()) -> dict:
 
 
 def markdown(file: dict) -> str:
-    rows = [["environment", "one process", "workers", "train call", "a step with training, one process / workers"]]
+    rows = [
+        ["environment", "one process", "workers", "train call", "speed-up by workers, step and train call together"]
+    ]
     rows += [["---"] + ["---:"] * 4]
     for env_id, r in file["environments"].items():
         one, workers, train = (r[name] for name in (*VECTORS, "train call"))
@@ -82,7 +85,7 @@ def main(repeats: int = 30, table: bool = False, out: Path = ROOT / "benchmark" 
         file = {"date": time.strftime("%Y-%m-%d"), "repeats": repeats, "num_envs": adroit.Args.num_envs,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
                 "environments": {}}  # fmt: skip
-        for task in adroit.TASKS:
+        for task in adroit.DELTAS:
             env_id = f"AdroitHand{task}-v1"
             file["environments"][env_id] = measure(env_id, repeats)
             print(env_id, file["environments"][env_id], flush=True)

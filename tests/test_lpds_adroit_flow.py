@@ -237,8 +237,8 @@ def test_it_runs_stops_and_resumes_exactly(script, task, tiny_backbone, tmp_path
         *TINY.split(),
     ]
     whole, cut = (run(script, *flags, "--run-dir", tmp_path / name) for name in ("whole", "cut"))
-    while not list((tmp_path / "cut").glob("*/checkpoint.pt")):
-        assert cut.poll() is None, cut.communicate()
+    while not [row for file in tmp_path.glob("cut/*/metrics.csv") for row in rows(file.parent)][3:]:
+        assert cut.poll() is None, cut.communicate()  # until step 600: critics and policy have moved
         time.sleep(0.05)
     cut.send_signal(signal.SIGTERM)
     finish(whole)
@@ -277,6 +277,11 @@ def test_bad_input_gets_one_sentence(tiny_backbone, tmp_path):
     flow_file = tiny_backbone("AdroitHandPen", "flow")
     for flags, parts in (
         (["--backbone", tiny_backbone("AdroitHandPen", "diffusion")], ["is a diffusion decoder", "--kind flow"]),
+        (
+            ["--env-id", "Hopper-v4"],
+            ["--env-id Hopper-v4: there is no decoder", "--backbone", "AdroitHandPenSparse-v1"],
+        ),
+        (["--env-id", "Hopper-v4", "--preset", "paper"], ["--preset paper: has no settings for Hopper-v4"]),
         (["--backbone", flow_file, "--env-id", "AdroitHandDoor-v1"], ["45 obs coordinates", "AdroitHandDoor-v1"]),
         (["--backbone", flow_file, "--ode-steps", 0], ["--ode-steps 0", "must lie in"]),
         (["--env-id", "AdroitHandPenn-v1"], ["did you mean AdroitHandPen-v1"]),
