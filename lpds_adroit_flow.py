@@ -252,9 +252,12 @@ class ActionChunk(gym.Wrapper):
             self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
-        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
-        info |= {"steps": steps, "success": any(self.successes)}
+        if not (terminated or truncated):
+            info = {}  # of a single step: it would say nothing about the chunk
+        elif "success" in info:
+            share = float(np.mean(self.successes))
+            info = info | {"success_end": self.successes[-1], "success_share": share}
+        info = info | {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -418,8 +421,9 @@ def read_decoder(path: Path, args: Args):
     with blame(f"--backbone {path}: neither our decoder format nor DPPO's; {advice}"):
         file = file if "format" in file else from_dppo(file, len(stats["action_min"]), args)
         config, weights, card = file["config"], file["model"], dict(file.get("card", {}))
-        allowed = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
-        range(1, allowed + 1).index(config["sample_steps"])  # else ValueError
+        most = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
+        if config["sample_steps"] not in range(1, most + 1):
+            raise ValueError(f"sample_steps {config['sample_steps']}, not in 1 to {most}")
         decoder = Decoder(config)
         decoder.load_state_dict(weights)
         decoder.freeze()
@@ -599,7 +603,8 @@ def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     noise = torch.randn_like(batch["action"])
     with torch.no_grad():
         target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
-    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
+    n = args.batch_size
+    for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
         loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
         agent.step("q_w", loss)
     return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
@@ -752,24 +757,26 @@ if __name__ == "__main__":
     print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
           f"{card['checksum']}, frozen by its card: return {card.get('frozen_return', math.nan):.0f}, success "
           f"{card.get('frozen_success', math.nan):.2f}")  # fmt: skip
-    stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current step finish
+    bar = tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
+    stop = []  # signals received: they let the current step finish
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
     started, mark = time.time() - loop["wall_seconds"], (before, time.time())
     while True:
         # (0) Log, evaluate, save; at step 0 the frozen decoder, which everything is compared with. Only here are losses
         #     read back from the device.
         step, finished = loop["global_step"], loop["global_step"] >= args.total_timesteps
-        due = [step > before and (finished or step // n > before // n) for n in (args.log_every, args.eval_every)]
-        if any(due):
+        evaluating = step > before and (finished or step // args.eval_every > before // args.eval_every)
+        if evaluating or step > before and step // args.log_every > before // args.log_every:
             row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"]}
             if step:
                 names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
-                row |= dict(zip(names, np.mean(loop["episodes"] or [[]], 0)))
+                if loop["episodes"]:
+                    row |= dict(zip(names, np.mean(loop["episodes"], 0)))
                 row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
                 index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
                 row |= probe(agent, replay.data["obs"][index], step)
-            if due[1]:
+            if evaluating:
                 result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
                 loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
                 first = loop["evals"][0]
@@ -788,7 +795,7 @@ if __name__ == "__main__":
                     tracker.log(row, step=step)
                 except Exception as error:
                     tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
-            if due[1]:
+            if evaluating:
                 arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
                 save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
                 loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
@@ -828,7 +835,8 @@ if __name__ == "__main__":
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
 
         # (4) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
-        if step < max(args.prior_steps, 1) <= loop["global_step"] and args.reward_scale == "auto":
+        prior_ends = step < max(args.prior_steps, 1) <= loop["global_step"]  # in this very step
+        if prior_ends and args.reward_scale == "auto":
             # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
             # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
             agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())

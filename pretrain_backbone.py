@@ -167,9 +167,12 @@ class ActionChunk(gym.Wrapper):
             self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
-        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
-        info |= {"steps": steps, "success": any(self.successes)}
+        if not (terminated or truncated):
+            info = {}  # of a single step: it would say nothing about the chunk
+        elif "success" in info:
+            share = float(np.mean(self.successes))
+            info = info | {"success_end": self.successes[-1], "success_share": share}
+        info = info | {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 

@@ -360,9 +360,12 @@ class ActionChunk(gym.Wrapper):
             self.successes.append(bool(info.get("success", truncated and not terminated)))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
-        flags = {"success_end": self.successes[-1], "success_share": float(np.mean(self.successes))}
-        info = info | (flags if "success" in info else {}) if terminated or truncated else {}
-        info |= {"steps": steps, "success": any(self.successes)}
+        if not (terminated or truncated):
+            info = {}  # of a single step: it would say nothing about the chunk
+        elif "success" in info:
+            share = float(np.mean(self.successes))
+            info = info | {"success_end": self.successes[-1], "success_share": share}
+        info = info | {"steps": steps, "success": any(self.successes)}
         return self.normalize(obs), total, terminated, truncated, info
 
 
@@ -651,7 +654,8 @@ def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     noise = torch.randn_like(batch["action"])
     with torch.no_grad():
         target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
-    for obs, w, y in zip(*(x.split(args.batch_size, dim) for x, dim in ((batch["obs"], 0), (noise, 0), (target, 1)))):
+    n = args.batch_size
+    for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
         loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
         agent.step("q_w", loss)
     return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
