@@ -612,4 +612,5 @@ if __name__ == "__main__":
         temporary.unlink(missing_ok=True)
         full = f"cannot be written ({first_line(error)}); free some space or use another folder"
         require(False, f"--output {args.output}: {full}")
-    print(f"wrote {args.output}; steer it with the script for its environment and --backbone {args.output}")
+    env = f"--env-id {args.env_id.rsplit(':')[-1]} " if args.env_id else ""
+    print(f"wrote {args.output}; steer it by the script for its environment with {env}--backbone {args.output}")
