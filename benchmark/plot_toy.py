@@ -108,6 +108,7 @@ def draw(folder: Path) -> Path:
             axis.axhline(1, color="0.5", linewidth=0.8)
             axis.set_ylim(0, 2.5)
         axis.set_xlim(0, args["total_timesteps"])
+        axis.locator_params(axis="x", nbins=3)
     handles, texts = axes[0].get_legend_handles_labels()
     bottom.legend(handles, texts, loc="outside lower center", ncols=len(runs))
     seeds = f"seeds {args['seed']} to {args['seed'] + args['seeds'] - 1}"
