@@ -84,7 +84,7 @@ def draw(folder: Path) -> Path:
         panels |= {"entropy of the routes (log 24)": "eval/mode_entropy"}
     panels |= {"largest share": "eval/mode_max", "return": "eval/episodic_return"}
     panels |= {r"$E\|\Delta\|^2 / \delta$": "ratio", r"$\|\Delta(start)\|^2 / \delta$": "start/delta"}
-    panels |= {r"$\alpha$": "trust_region/alpha"}
+    panels |= {r"$\alpha$": "trust_region/alpha"} if args["trust_region"] == "average" else {}
     axes = bottom.subplots(2, -(-len(panels) // 2)).flat
     for axis in axes[len(panels) :]:
         axis.axis("off")
