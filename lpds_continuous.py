@@ -759,14 +759,11 @@ if __name__ == "__main__":
             mark = step, time.time()
         if finished or stop:
             break
-        # --- end shared: run folder ---
-        # --- shared: act ---
-        # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s); Delta is 0 until the critics are warm
+
+        # (1) Act: eps ~ N(0, I) -> w, the unshifted noise until the critics are warm -> a = Phi(w; s)
         noise = torch.randn(args.num_envs, decoder.dim, device=device)
         action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
 
-        # --- end shared: act ---
-        # --- shared: step ---
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
         final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
@@ -778,7 +775,7 @@ if __name__ == "__main__":
         loop["vector_steps"] += 1
         bar.update(loop["global_step"] - bar.n)
 
-        # --- end shared: step ---
+        # --- end shared: run folder ---
         # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
         replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
@@ -799,7 +796,9 @@ if __name__ == "__main__":
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)
                 if trained >= args.warmup_steps:
+                    # --- end shared: learn ---
                     loop["info"] |= update_perturbation(agent, batch, args)
+            # --- shared: end ---
             if agent.distills and args.distill_steps:
                 loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
             loop["gradient_steps"] += args.utd
@@ -807,8 +806,6 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
-    # --- end shared: learn ---
-    # --- shared: end ---
     bar.close()
     if stop:
         loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])

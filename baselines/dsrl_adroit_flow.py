@@ -352,6 +352,7 @@ class Decoder(nn.Module):
 
 
 # --- end shared: decoder ---
+# --- shared: flow decoder ---
 class FlowDecoder(Decoder):
     """Phi as an ODE: dx/dt = v(x, t; obs) from the noise w at t = 0 to the action chunk at t = 1, in equal steps."""
 
@@ -398,6 +399,7 @@ def load_decoder(args: Args):
     return flow.freeze(), normalization, card
 
 
+# --- end shared: flow decoder ---
 # --- shared: decoder file ---
 def read_decoder(path: Path, args: Args):
     """A file of ours or DPPO's -> (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
@@ -485,7 +487,7 @@ class Replay:
 
 
 # --- end shared: critics, replay ---
-# --- shared: agent and its updates ---
+# --- shared: noise policy and its updates ---
 class Agent(nn.Module):
     """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
 
@@ -578,7 +580,7 @@ def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
     return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
 
 
-# --- end shared: agent and its updates ---
+# --- end shared: noise policy and its updates ---
 # --- shared: distillation ---
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
@@ -794,16 +796,11 @@ if __name__ == "__main__":
             mark = step, time.time()
         if finished or stop:
             break
-        # --- end shared: run folder ---
-        # --- shared: act ---
-        # (1) Act: eps ~ N(0, I), w = b tanh(mu(s) + sigma(s) eps), a = Phi(w; s); w = eps until the critics are warm
-        noise = torch.randn(args.num_envs, decoder.dim, device=device)
-        with torch.no_grad():
-            w = agent.steer(torch.as_tensor(obs, device=device), noise)
-        action = decoder(torch.as_tensor(obs, device=device), w).cpu().numpy()
 
-        # --- end shared: act ---
-        # --- shared: step ---
+        # (1) Act: eps ~ N(0, I) -> w, the unshifted noise until the critics are warm -> a = Phi(w; s)
+        noise = torch.randn(args.num_envs, decoder.dim, device=device)
+        action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+
         # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
         next_obs, reward, terminated, truncated, infos = envs.step(action)
         final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
@@ -815,11 +812,14 @@ if __name__ == "__main__":
         loop["vector_steps"] += 1
         bar.update(loop["global_step"] - bar.n)
 
-        # --- end shared: step ---
+        # --- end shared: run folder ---
+        if args.variant == "sac":  # its critic values noise
+            with torch.no_grad():
+                action = agent.steer(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+
         # --- shared: learn ---
         # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
-        stored = action if args.variant == "na" else w.cpu().numpy()  # what its critic values
-        replay.add(obs=obs, action=stored, reward=reward, next_obs=real_next_obs, terminated=terminated)
+        replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
         obs, trained = next_obs, loop["global_step"] - args.prior_steps
 
         # (4) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
@@ -837,7 +837,9 @@ if __name__ == "__main__":
                 batch = replay.sample(args.batch_size)
                 loop["info"] |= update_action_critic(agent, batch, args)
                 if trained >= args.warmup_steps:
+                    # --- end shared: learn ---
                     loop["info"] |= update_actor(agent, batch, args)
+            # --- shared: end ---
             if agent.distills and args.distill_steps:
                 loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
             loop["gradient_steps"] += args.utd
@@ -845,8 +847,6 @@ if __name__ == "__main__":
                 calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
                 bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
 
-    # --- end shared: learn ---
-    # --- shared: end ---
     bar.close()
     if stop:
         loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])

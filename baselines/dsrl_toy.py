@@ -551,7 +551,7 @@ class Replay:
 
 
 # --- end shared: critics, replay ---
-# --- shared: agent and its updates ---
+# --- shared: noise policy and its updates ---
 class Agent(nn.Module):
     """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
 
@@ -644,7 +644,7 @@ def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
     return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
 
 
-# --- end shared: agent and its updates ---
+# --- end shared: noise policy and its updates ---
 # --- shared: distillation ---
 def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
     """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.

@@ -1,7 +1,5 @@
 """Copies every shared block out of the first of MODELS that has it into the files that have a block of the same name.
 
-The blocks METHOD have a text for each method, as they are what it changes: DSRL's are in baselines/dsrl_continuous.py.
-
 python tests/sync_shared_blocks.py          # rewrites what has drifted, prints what it did
 
 It also writes the differences between the scripts and their baselines into docs/.
@@ -12,8 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("lpds_continuous.py", "lpds_toy.py", "baselines/dsrl_continuous.py")
-METHOD = ("agent and its updates", "act", "learn")
+MODELS = ("lpds_continuous.py", "lpds_toy.py", "lpds_adroit_flow.py", "baselines/dsrl_continuous.py")
 BLOCK = re.compile(
     r"^ *# --- shared: (?P<name>[^\n]+?) ---\n(?P<body>.*?)^ *# --- end shared: (?P=name) ---\n", re.M | re.S
 )
@@ -32,14 +29,11 @@ def blocks(text: str) -> dict[str, str]:
     return found
 
 
-def model_blocks(script: Path) -> dict[str, str]:
-    """Name -> text of every shared block, as `script` should have it."""
+def model_blocks() -> dict[str, str]:
+    """Name -> text of every shared block, as all files should have it."""
     found = {}
     for model in MODELS:
         found = blocks((ROOT / model).read_text()) | found
-    if script.name.startswith("dsrl_"):
-        own = blocks((ROOT / "baselines/dsrl_continuous.py").read_text())
-        found |= {name: own[name] for name in METHOD}
     return found
 
 
@@ -58,8 +52,9 @@ def with_diffs(page: str) -> str:
 
 
 if __name__ == "__main__":
+    model = model_blocks()
     for path in scripts():
-        text, model = path.read_text(), model_blocks(path)
+        text = path.read_text()
         for name in blocks(text).keys() & model.keys():
             old = next(match for match in BLOCK.finditer(text) if match["name"] == name)
             if old["body"] != model[name]:

@@ -173,7 +173,7 @@ def test_the_temperature_holds_a_reachable_entropy():
 def test_the_diff_is_short_enough_to_be_a_lesson():
     ours, theirs = (path.read_text().splitlines() for path in (ROOT / "lpds_continuous.py", SCRIPT))
     hunks = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
-    assert sum(op[0] != "equal" for op in hunks) <= 26  # `diff` itself counts 25
+    assert sum(op[0] != "equal" for op in hunks) <= 25  # `diff` itself counts 24
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v5"])

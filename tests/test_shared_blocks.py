@@ -13,7 +13,7 @@ LIMIT |= {"lpds_adroit_flow.py": 875, "dsrl_adroit_flow.py": 865}
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
 def test_blocks_are_those_of_the_model_script(path):
-    model = model_blocks(path)
+    model = model_blocks()
     for name, body in blocks(path.read_text()).items():
         assert body == model[name], f"{path.name}: '{name}' has drifted; run python tests/sync_shared_blocks.py"
 
@@ -27,7 +27,7 @@ def test_the_pages_show_the_diffs_as_they_are():
 def test_blocks_are_found_and_open_ones_refused():
     names = {"settings", "command line", "errors", "environment", "environment state", "decoder", "decoder file"}
     names |= {"networks", "critics, replay", "agent and its updates", "distillation", "evaluation", "files"}
-    names |= {"run folder", "act", "step", "learn", "end", "perturbation"}
+    names |= {"run folder", "learn", "end", "perturbation"}
     assert set(blocks((ROOT / "lpds_continuous.py").read_text())) == names
     with pytest.raises(ValueError):
         blocks("# --- shared: a ---\nx = 1\n# --- end shared: b ---\n")
