@@ -505,7 +505,7 @@ def load_decoder(args: Args):
 
 
 def clone(path: Path, kind: str) -> None:
-    """Behaviour cloning of appendix B's noisy expert, which heads for the nearest goal; half a minute on one core."""
+    """Behaviour cloning of appendix B's noisy expert, which heads for the nearest goal."""
     torch.manual_seed(CLONE["seed"])
     config = {key: CLONE[key] for key in ("hidden", "time_dim", "activation", "train_steps", "sample_steps")}
     decoder = Decoder(config | dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, cond_hidden=[]))
