@@ -253,9 +253,8 @@ def env_state(env, state: dict | None = None) -> dict:
     """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
     mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
     counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
-    moved = {
-        name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")
-    }  # some draw a task in the model
+    # Some environments draw a task at reset by moving parts of the model
+    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}
     if state:
         for name, array in moved.items():
             array[:] = state[name].numpy()

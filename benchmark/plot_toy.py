@@ -190,9 +190,7 @@ def draw_states(run: Path) -> Path:
     few = slice(None, None, 8)
     x, y, u, v = (column.view(81, 81)[few, few] for column in (*obs.T, *shift.T))
     plane.quiver(x, y, u, v, color="white", angles="xy")
-    with np.load(
-        run / "eval.npz"
-    ) as arrays:  # where its episodes pass; elsewhere Delta costs nothing and means nothing
+    with np.load(run / "eval.npz") as arrays:  # where episodes pass; elsewhere Delta costs and means nothing
         plane.scatter(*arrays["path"][1].reshape(-1, 2).T, s=1, color="black", alpha=0.3)
     plane.plot(*MultiGoalVector.GOALS.T, "o", color="white", fillstyle="none", markersize=14)
     plane.set_title(r"where the budget goes; arrows: $\Delta(s)$")

@@ -49,9 +49,8 @@ def commands(args, folder: Path) -> list:
     for seed in range(args.seed, args.seed + args.seeds):
         for label, command in methods:
             home = folder / f"{label}__{seed}"
-            done = sorted(home.glob("*/curves.png"))[
-                -1:
-            ]  # the last file that a run writes, perhaps of a smaller budget
+            # curves.png is the last file that a run writes, perhaps of a smaller budget
+            done = sorted(home.glob("*/curves.png"))[-1:]
             if done and plot_toy.read_csv(done[0].with_name("metrics.csv"))["global_step"][-1] >= args.total_timesteps:
                 continue
             where = ["--backbone", str(folder / "backbone.pt"), "--seed", str(seed), "--run-dir", str(home)]
