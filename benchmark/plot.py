@@ -4,8 +4,8 @@ python benchmark/plot.py                            # every spec of benchmark/sp
 python benchmark/plot.py cpu --report cpu.html      # one of them
 
 Reads RESULTS/SPEC/LABEL.{csv,npz,json}, never a run folder; a run whose files are missing, cut off or contradict each
-other is named in one line and left out. Writes RESULTS/SPEC.md, FIGURES/SPEC_{returns,minutes,success,entropy,budget,
-sweep}.png and .svg, and the report, which holds what was asked for and nothing else.
+other is named in one line and left out. Writes RESULTS/SPEC.md, FIGURES/SPEC_{returns,minutes,success,training,entropy,
+budget,sweep}.png and .svg, and the report, which holds what was asked for and nothing else.
 """
 
 import base64
@@ -63,6 +63,14 @@ def interval(statistic, *strata, draws: int = 10_000):
     return np.percentile(statistic(*drawn), [2.5, 97.5], axis=-1)
 
 
+def moving_average(y, keep: float = 0.8):
+    """Exponential moving average over rows (n,): each keeps 0.8 of the average before it, the first one is its own."""
+    out = list(y[:1])
+    for value in y[1:]:
+        out.append(keep * out[-1] + (1 - keep) * value)
+    return np.array(out)
+
+
 # --- Reading ---
 def read(folder: Path, label: str) -> dict:
     """One run: its .json, every evaluation episode, curves to draw, means for the table. Raises where it is damaged."""
@@ -96,6 +104,8 @@ def read(folder: Path, label: str) -> dict:
     curves["minutes"] = (np.interp(step, at, m["wall_seconds"] / 60), returns.mean(1))
     flagged = slice(None if "success_share" in e else 0)  # locomotion tells no success: nothing to draw
     curves["success"] = (step[flagged] / 1000, e["success"][flagged].mean(1))
+    played = np.isfinite(column("charts/success")) & ("success_share" in e)
+    curves["training"] = (at[played] / 1000, moving_average(column("charts/success")[played]))
     best = returns[1:].mean(1).max() if len(returns) > 1 else np.nan
     return r | {"evals": e, "curves": curves, "means": means | {"best": best, "minutes": float(r["minutes"])}}
 
@@ -286,6 +296,8 @@ KINDS = {  # curve, its axes, what to say about it
     "returns": ("return", "thousand environment steps", "return", "Return against environment steps"),
     "minutes": ("minutes", "minutes of training", "return", "Return against minutes of training"),
     "success": ("success", "thousand environment steps", "success", "Share of episodes that succeed in any step"),
+    "training": ("training", "thousand environment steps", "success in training",
+                 "Share of training episodes that succeed, exponential moving average over rows (0.8 kept)"),
     "entropy": ("entropy", "thousand environment steps", "entropy, steered − frozen (nats)",
                 "Action entropy of the steered policy less that of the frozen one, at the same replay states"),
     "budget": ("used", "thousand environment steps", "E‖Δ‖² / δ", "Share of the budget δ that is used"),

@@ -1,7 +1,7 @@
 """Figures of lpds_toy.py.
 
 python benchmark/plot_toy.py runs/SWEEP              # figure.png: paths, modes, constraint; table.md: numbers
-python benchmark/plot_toy.py runs/SWEEP --keep DIR   # and copies what they need, small enough to commit, into DIR
+python benchmark/plot_toy.py runs/SWEEP --keep DIR   # and condenses what they need into DIR, small enough to commit
 python benchmark/plot_toy.py runs/RUN                # states.png: where in the plane a run spends its budget
 """
 
@@ -40,8 +40,7 @@ def read(folder: Path) -> tuple:
         if "trust_region/violation" in run:  # neither DSRL nor before the end of the warm-up
             d = {"MultiGoal": 2, "Avoiding": 8}[args["env_id"]] if args["delta_norm"] == "mean" else 1
             run["start/delta"] = run["trust_region/start_sq_norm"] / (d * args["delta"])
-            batch = (run["trust_region/violation"] + 1) * d * args["delta"]  # older runs
-            run["ratio"] = run.get("trust_region/replay_sq_norm", batch) / (d * args["delta"])
+            run["ratio"] = run["trust_region/replay_sq_norm"] / (d * args["delta"])
         runs.setdefault(file.parents[1].name.rpartition("__")[0], []).append(run)
     require(runs, f"{folder}: holds no runs; give the folder of a sweep of lpds_toy.py")
     order = sorted(runs, key=lambda label: (label == "dsrl", runs[label][0]["args"].get("delta")))
@@ -144,6 +143,7 @@ def table(folder: Path) -> Path:
         f"entropy (log {n})": lambda run: f"{late(run, 'eval/mode_entropy'):.2f}",
         "E\\|\\|Delta\\|\\|^2 / delta": lambda run: f"{late(run, 'ratio'):.2f}",
         "\\|\\|Delta(start)\\|\\|^2 / delta": lambda run: f"{late(run, 'start/delta'):.1f}",
+        "minutes": lambda run: f"{run['wall_seconds'][-1] / 60:.1f}",
     }
     rows = [["", *columns], ["---", *["---:"] * len(columns)]]
     for label, members in runs.items():
@@ -159,12 +159,20 @@ def table(folder: Path) -> Path:
 
 
 def keep(folder: Path, target: Path) -> None:
-    """Copies what `draw` and `table` read: settings, metrics and evaluations, no checkpoints."""
+    """Copies what `draw` and `table` read: settings, metrics, and of evaluations modes and the first seed's paths."""
+    first = json.loads((folder / "args.json").read_text())["seed"]
     for pattern in ("args.json", "*__*/*__*/args.json", "*__*/*__*/metrics.csv", "*__*/*__*/eval.npz"):
         for file in folder.glob(pattern):
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            save(copy, partial(shutil.copy, file))
+            if file.suffix != ".npz":
+                save(copy, partial(shutil.copy, file))
+                continue
+            with np.load(file, allow_pickle=False) as arrays:  # fine enough for the eye, a tenth of the size
+                small = {"mode": arrays["mode"].astype(np.int8)}
+                if file.parents[1].name.endswith(f"__{first}"):
+                    small["path"] = arrays["path"].astype(np.float16)
+            save(copy, lambda file: np.savez_compressed(file.open("wb"), **small))  # noqa: B023
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 import scipy.stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,12 +311,22 @@ def test_success_is_drawn_where_the_environment_tells_it(bench, monkeypatch):
     monkeypatch.setattr(plot, "draw_curves", lambda axis, *args: drawn.append(args[:2]) or [(0, "x", plot.GREY)])
     bench.spec("cpu", arms={"LP-DS": None})
     bench.run("cpu", "LP-DS", 1, [200, 600, 900], steps=STEPS[:3])
-    where = bench.run("cpu", "LP-DS", 1, [200, 520, 900], steps=STEPS[:3], env="AdroitHandPen-v1")
+    played = {"charts/success": [None, 0.25, 0.75]}  # none before the first step
+    more = dict(steps=STEPS[:3], env="AdroitHandPen-v1", columns=played)
+    where = bench.run("cpu", "LP-DS", 1, [200, 520, 900], **more)
     bench.plot("cpu")
-    assert [env for kind, env in drawn if kind == "success"] == ["AdroitHandPen-v1"]
-    assert (bench.figures / "cpu_success.png").is_file()
-    x, y = plot.read(where.parent, where.name)["curves"]["success"]
-    assert x.tolist() == [0, 50, 99] and y.tolist() == [0, 0.5, 1]
+    for kind in ("success", "training"):
+        assert [env for drew, env in drawn if drew == kind] == ["AdroitHandPen-v1"]
+        assert (bench.figures / f"cpu_{kind}.png").is_file()
+    curves = plot.read(where.parent, where.name)["curves"]
+    assert [values.tolist() for values in curves["success"]] == [[0, 50, 99], [0, 0.5, 1]]
+    assert np.allclose(curves["training"], [[50, 99], [0.25, 0.35]])
+
+
+def test_moving_average_is_a_first_order_filter():
+    y = np.random.default_rng(0).random(50)
+    known, _ = scipy.signal.lfilter([0.2], [1, -0.8], y, zi=[0.8 * y[0]])
+    assert np.allclose(plot.moving_average(y), known)
 
 
 def test_lines_of_eight_arms_differ_without_colour_and_labels_do_not_overlap():
@@ -357,7 +368,9 @@ def test_sweep_takes_the_grid_and_what_differs_in_delta_alone(bench, monkeypatch
     monkeypatch.setattr(plot.matplotlib.axes.Axes, "errorbar", spy)
     bench.plot("sweep")
     assert shown == [([0.5], [50], [[0], [0]]), ([0.1, 1.0], [11.5, 91.5], [[0.5, 0.5], [0.5, 0.5]])]
-    assert {f.stem for f in bench.figures.iterdir()} == {f"sweep_{kind}" for kind in plot.KINDS if kind != "success"}
+    assert {f.stem for f in bench.figures.iterdir()} == {
+        f"sweep_{kind}" for kind in plot.KINDS if kind not in ("success", "training")
+    }
     assert plot.swept(plot.load(bench.results, bench.specs, "seeds")[1], "seeds") == []
 
 

@@ -428,6 +428,11 @@ def test_the_sweep_makes_one_figure_goes_on_and_skips_what_is_finished(decoders,
     plot = [sys.executable, str(ROOT / "benchmark" / "plot_toy.py"), str(finished["delta-0.7__3"].parent)]
     assert subprocess.run(plot, capture_output=True, text=True).returncode == 0
     assert finished["delta-0.7__3"].with_name("states.png").stat().st_size > 20_000
+    small = tmp_path / "kept"
+    kept = subprocess.run([*plot[:2], str(folder), "--keep", str(small)], capture_output=True, text=True)
+    assert kept.returncode == 0, kept.stderr
+    assert (small / "table.md").read_text() == (folder / "table.md").read_text()  # drawn from the condensed files alone
+    assert not list(small.rglob("*.pt")) and len(list(small.rglob("eval.npz"))) == 3
     play = [sys.executable, str(ROOT / "enjoy.py"), str(finished["dsrl__3"].parent), "--episodes", "5"]
     played = subprocess.run(play, capture_output=True, text=True)
     assert played.returncode == 0 and "action entropy" in played.stdout, played.stderr
