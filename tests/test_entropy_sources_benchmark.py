@@ -1,0 +1,102 @@
+"""benchmark/entropy_sources.py: determinants of linear flows in closed form, entropies by integration, one real run."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import entropy_sources as sources  # noqa: E402
+
+A = torch.tensor([[0.3, -0.8, 0.0], [0.5, -0.4, 0.2], [0.1, 0.0, 0.6]])
+
+
+def linear_flow(solver: str, n: int = 5):
+    """dx/dt = A x + obs, in n steps."""
+    return SimpleNamespace(solver=solver, dim=3, times=range(n + 1), velocity=lambda i, x, obs: x @ A.T + obs)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_volume_of_a_linear_flow(solver):
+    obs, w = torch.randn(7, 3), torch.randn(7, 3)
+    one_step = torch.eye(3) + A / 5 + (solver == "heun") * A @ A / 50
+    known = 5 * np.linalg.slogdet(one_step.numpy()).logabsdet
+    assert np.allclose(sources.log_volume(linear_flow(solver), obs, w), known, atol=1e-5)
+    map_of_w = np.linalg.matrix_power(one_step.numpy(), 5)
+    moved = sources.unclipped(linear_flow(solver), obs, w + 1) - sources.unclipped(linear_flow(solver), obs, w)
+    assert np.allclose(moved, np.ones((7, 3)) @ map_of_w.T, atol=1e-4)
+
+
+def test_a_shift_through_a_linear_flow_costs_nothing_and_the_parts_add_up():
+    shift, bound = torch.tensor([0.5, -1.0, 2.0]), 1.5
+
+    def steer(obs, eps):
+        return (eps + shift).clamp(-bound, bound)
+
+    agent = SimpleNamespace(
+        decoder=linear_flow("euler"), perturbation=lambda obs: shift.expand(len(obs), 3), steer=steer
+    )
+    found = sources.take_apart(agent, 0.1 * torch.randn(20, 3))
+    assert found["noise"] == 0 and abs(found["decoder"]) < 1e-5 and abs(found["random"]) < 1e-5
+    assert abs(found["estimator"]) < 1e-5  # the same draws, moved together
+    assert found["bound"] < -0.5 and abs(found["rms_shift"] - shift.square().mean() ** 0.5) < 1e-6
+    assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-9
+
+
+def test_the_noise_of_dsrl_loses_what_integration_says():
+    mu, sigma, b = 0.4, 0.3, 2.5
+
+    def squash(obs, eps):  # as baselines/dsrl_adroit_flow.py does, one coordinate like the other
+        u = mu + sigma * eps
+        log_prob = -0.5 * eps.square() - math.log(sigma) - 0.5 * math.log(2 * math.pi) - (1 - u.tanh().square()).log()
+        return b * u.tanh(), log_prob.sum(-1)
+
+    agent = SimpleNamespace(squash=squash, args=SimpleNamespace(noise_bound=b))
+    _, lost = sources.unbounded(agent, torch.zeros(200_000, 2), torch.randn(200_000, 2))
+
+    def integrand(w):  # -p log p of w = b tanh(u)
+        u = math.atanh(w / b)
+        p = math.exp(-0.5 * ((u - mu) / sigma) ** 2) / sigma / math.sqrt(2 * math.pi) / (b * (1 - (w / b) ** 2))
+        return -p * math.log(p) if p > 0 else 0.0
+
+    of_w = scipy.integrate.quad(integrand, -b + 1e-9, b - 1e-9, limit=500)[0]
+    assert abs(lost - 2 * (of_w - 0.5 * math.log(2 * math.pi * math.e))) < 0.02
+
+
+@pytest.mark.parametrize("script", ["lpds_adroit_flow.py", "baselines/dsrl_adroit_flow.py"])
+def test_real_runs_are_taken_apart(script, tmp_path):
+    flags = [
+        "--total-timesteps",
+        "900",
+        "--prior-steps",
+        "300",
+        "--warmup-steps",
+        "0",
+        "--eval-episodes",
+        "1",
+        "--utd",
+        "2",
+    ]
+    command = [sys.executable, ROOT / script, *flags, "--distill-steps", "1", "--run-dir", tmp_path, "--no-progress"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (run,) = tmp_path.iterdir()
+    out = tmp_path / "sources.json"
+    sources.main((run,), states=2, out=out)
+    (found,) = json.loads(out.read_text())["runs"]
+    assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-6
+    assert (found["noise"] == 0) == script.startswith("lpds") and found["rms_shift"] > 0
+    assert f"| {found['total']:.2f} |" in out.with_suffix(".md").read_text()
+
+
+def test_without_runs_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sources.main()
+    assert stop.value.code == 2 and "RUNS: none given" in capsys.readouterr().err
