@@ -440,8 +440,9 @@ def load_episodes(args: Args) -> list:
     return episodes
 
 
-def check_env(env_id: str, obs_dim: int, action_dim: int) -> None:
+def check_env(env_id: str, stats: dict) -> None:
     """An environment that does not exist or does not fit the data must not be found out after an hour of training."""
+    low, high, action_dim = stats["obs_min"], stats["obs_max"], len(stats["action_min"])
     known, close = env_id in gym.registry or ":" in env_id, difflib.get_close_matches(env_id, [*gym.registry], 1, 0)
     hint = f"did you mean {close[0]}? MODULE:ENV_ID is for what another package registers"
     require(known, f"--env-id {env_id}: unknown; {hint}")
@@ -450,10 +451,16 @@ def check_env(env_id: str, obs_dim: int, action_dim: int) -> None:
     except Exception as error:  # a missing package, a retired version: gymnasium raises many kinds
         require(False, f"--env-id {env_id}: gymnasium cannot make it ({first_line(error)})")
     found = (env.observation_space.shape, env.action_space.shape)
-    env.close()
-    has = f"has observations {found[0]} and actions {found[1]}, but the data ({obs_dim},) and ({action_dim},)"
-    fits = found == ((obs_dim,), (action_dim,))
+    has = f"has observations {found[0]} and actions {found[1]}, but the data {low.shape} and ({action_dim},)"
+    fits = found == (low.shape, (action_dim,))
     require(fits, f"--env-id {env_id}: {has}; give the environment the data comes from, or none")
+    # The same sizes do not say that the coordinates are in the same order. Data that lacks the starts is rare but fine
+    start, slack = np.stack([env.reset(seed=i)[0] for i in range(20)]), 0.1 * (high - low) + 1e-6
+    away = np.flatnonzero(((start < low - slack) | (start > high + slack)).mean(0) > 0.5).tolist()
+    if away:
+        what = f"its episodes begin where the data never is, in observation coordinates {away}"
+        print(f"warning: --env-id {env_id}: {what}; are the data's in the same order and units?", file=sys.stderr)
+    env.close()
 
 
 def statistics(episodes: list) -> dict:
@@ -513,9 +520,9 @@ if __name__ == "__main__":
     # (1) Data: whole episodes are held out; those shorter than a chunk have no window and are no part of the split
     episodes = load_episodes(args)
     obs_dim, action_dim = (x.shape[1] for x in episodes[0])
-    if args.env_id:
-        check_env(args.env_id, obs_dim, action_dim)
     stats = statistics(episodes)
+    if args.env_id:
+        check_env(args.env_id, stats)
     usable = [episode for episode in episodes if len(episode[1]) >= args.chunk]
     order, n_held = np.random.default_rng(args.seed).permutation(len(usable)), int(args.held_out * len(usable))
     obs, chunks = (x.to(device) for x in windows([usable[i] for i in order[n_held:]], args.chunk, stats))

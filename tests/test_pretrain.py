@@ -584,6 +584,23 @@ def test_minari_that_cannot_be_loaded(script, monkeypatch, tmp_path):
     refused(script(tmp_path / "a.hdf5"), "pip install h5py")
 
 
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "gymnasium_robotics:AdroitHandDoor-v1"])
+def test_another_order_of_coordinates_is_noticed(env_id, capsys):
+    """The environment's own roll-outs pass; with their coordinates turned round they are reported, not refused."""
+    env = gym.make(env_id)
+    env.action_space.seed(0)
+    obs, actions = [env.reset(seed=100)[0]], []
+    for i in range(400):
+        actions.append(env.action_space.sample())
+        obs.append(env.step(actions[-1])[0] if i % 20 else env.reset()[0])
+    stats = pb.statistics([(np.array(obs[:-1]), np.array(actions))])
+    pb.check_env(env_id, stats)
+    assert "warning" not in capsys.readouterr().err  # the package prints a note of its own at import
+    turned = stats | {key: stats[key][::-1].copy() for key in ("obs_min", "obs_max")}
+    pb.check_env(env_id, turned)
+    assert f"warning: --env-id {env_id}: its episodes begin where the data never is" in capsys.readouterr().err
+
+
 def test_episodes_shorter_than_a_chunk(npz, script):
     refused(script(npz(3, 2, 3)), "--chunk 4", "3 steps")
     assert script(npz(3, 2, 3), "--chunk 3")[0] == 0
