@@ -51,7 +51,7 @@ from entropy import knn_entropy
 class Args:
     # LP-DS
     delta: float | None = None
-    """budget of E||Delta||^2, noise having variance 1: 0.01 keeps all goals, 1 one of them; one run, not the sweep"""
+    """budget of E||Delta||^2, noise having variance 1: 0.01 keeps all goals, 1 one or two; one run, not the sweep"""
     methods: tuple[Literal["lpds", "dsrl"], ...] = ("lpds", "dsrl")
     """what the sweep compares; dsrl is baselines/dsrl_toy.py"""
     deltas: tuple[float, ...] = (0.01, 0.05, 0.1, 0.35, 1.0)
