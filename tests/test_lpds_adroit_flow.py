@@ -190,7 +190,8 @@ def test_a_hand_goes_on_from_its_state_to_the_bit(task, tmp_path):
 def test_settings_are_those_of_tables_1_and_2_and_alike_for_both_methods(preset, task, delta, reward):
     flags = ["--env-id", f"AdroitHand{task}{reward}-v1", "--preset", preset]
     ours, theirs = vars(adroit.parse_args(flags)), vars(dsrl.parse_args(flags))
-    table_1 = dict(hidden_size=256, utd=10, distill_steps=10, gamma=0.99, noise_bound=2.5, prior_steps=2_000)
+    table_1 = dict(hidden_size=256, utd=10, distill_steps=10, gamma=0.99, noise_bound=2.5)
+    table_1 |= dict(prior_steps=2_000) if preset == "paper" else dict(num_envs=16, total_timesteps=160_000)
     assert ours.items() >= (table_1 | dict(num_layers=3, ode_steps=10, delta=delta)).items()
     own = {"delta", "delta_norm", "dual", "alpha_lr", "lagrangian", "perturb"}
     assert set(ours) - set(theirs) == own and set(theirs) - set(ours) == {"variant", "target_entropy"}
