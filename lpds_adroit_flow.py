@@ -55,7 +55,7 @@ class Args:
     env_id: str = "AdroitHandPen-v1"
     """AdroitHandPen-v1 or AdroitHandPenSparse-v1, likewise Hammer, Door, Relocate; others need --backbone"""
     preset: Literal["default", "paper"] = "default"
-    """default: 160,000 steps, for a small machine; paper: the printed configuration, 1,000,000 steps"""
+    """default: for a small machine, 160,000 steps on these tasks; paper: the printed configuration, 1,000,000 steps"""
     delta: float = 0.35
     """budget of E||Delta||^2: small keeps the frozen policy's variety, large specialises; usually 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"

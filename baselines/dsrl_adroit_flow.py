@@ -55,7 +55,7 @@ class Args:
     env_id: str = "AdroitHandPen-v1"
     """AdroitHandPen-v1 or AdroitHandPenSparse-v1, likewise Hammer, Door, Relocate; others need --backbone"""
     preset: Literal["default", "paper"] = "default"
-    """default: 160,000 steps, for a small machine; paper: the printed configuration, 1,000,000 steps"""
+    """default: for a small machine, 160,000 steps on these tasks; paper: the printed configuration, 1,000,000 steps"""
     variant: Literal["na", "sac"] = "na"
     """na: Q^A on actions, distilled into Q^W on noise; sac: one critic on noise, learned by TD, no distillation"""
     noise_bound: float = 2.5

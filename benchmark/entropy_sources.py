@@ -1,20 +1,25 @@
-"""Where does the action entropy go, if steering only shifts the mean of the noise? Runs on flow decoders, taken apart.
+"""Where does the action entropy go, if steering only shifts the mean of the noise? Splits its change into five parts.
 
 A shift leaves the entropy of w as it is, so what the actions lose is lost behind it. A flow decoder without its last
-clip is a smooth map Phi of the noise; while it is invertible, H(Phi(w)) = H(w) + E log |det dPhi/dw|, computed here
-exactly. What the scripts log (`entropy/action` less `entropy/action_frozen`) is split in five:
+clip is a smooth map Phi of the noise; while it is invertible, H(Phi(w)) = H(w) + E log |det dPhi/dw|, and every
+determinant is computed exactly. The change of the k-nearest-neighbour estimate that the scripts log (`entropy/action`
+less `entropy/action_frozen`) is then the sum of
 
-    noise      H(w) - H(eps) before any bound: 0 for LP-DS
-    decoder    change of E log |det dPhi/dw|: how much closer together Phi puts what enters around eps + Delta(s)
-    estimator  what the k-nearest-neighbour estimate of these two, from 64 draws in d dimensions, adds to them
-    bound      what clipping w to +-b_W adds (estimated)
-    actions    what clipping actions to [-1, 1] adds (estimated)
+    noise      H(w) - H(eps): 0 for LP-DS before its bound; DSRL's squashed Gaussian, box included
+    decoder    change of E log |det dPhi/dw|: how much closer together Phi puts what enters around the steered w
+    estimator  what the estimate, from 64 draws in d dimensions, says beyond these two: its bias, and all sampling error
+    bound      what clipping w to +-b_W adds to the estimate (LP-DS)
+    actions    what clipping actions to [-1, 1] adds to the estimate, compared with what it does to the frozen ones
 
-python benchmark/entropy_sources.py runs/benchmark/adroit/*/*__*__*   # writes benchmark/results/entropy_sources.*
-python benchmark/entropy_sources.py --table                           # the table alone, from the .json
+Clipping puts probability on the faces of a box, where the true entropy is -infinity: the last two are properties of the
+estimate. For flow decoders only, whose Phi keeps the dimension and has no clip inside.
+
+python benchmark/entropy_sources.py runs/benchmark/adroit/*__*/*__*__*   # writes benchmark/results/entropy_sources.*
+python benchmark/entropy_sources.py --table                              # the table alone, from the .json
 """
 
 import json
+import math
 import os
 import platform
 import sys
@@ -48,38 +53,49 @@ def unclipped(decoder, obs, w):
 
 
 def log_volume(decoder, obs, w):
-    """log |det d unclipped / dw| (B,), exactly: d tangents through the decoder for each row."""
+    """log |det d unclipped / dw| (B,), and its sign: d tangents through the decoder for each row."""
 
     def one(obs, w):
         return unclipped(decoder, obs[None], w[None])[0]
 
     jacobian = torch.func.vmap(torch.func.jacfwd(one, argnums=1))
     parts = [jacobian(o, x).double() for o, x in zip(obs.split(16), w.split(16))]
-    return torch.linalg.slogdet(torch.cat(parts)).logabsdet
+    sign, log = torch.linalg.slogdet(torch.cat(parts))
+    return log, sign
 
 
 def unbounded(agent, obs, eps):
-    """w before any bound, and what H(w) is above H(eps), in nats (a mean over the rows)."""
+    """w before LP-DS's bound, and H(w) - H(eps) in nats (a mean over the rows)."""
     if hasattr(agent, "perturbation"):
         return eps + agent.perturbation(obs), 0.0
-    w, log_prob = agent.squash(obs, eps)  # log density in the box [-1, 1]^d, of side 1 / b of w's
+    w, log_prob = agent.squash(obs, eps)  # the density is that in [-1, 1]^d; the box of w is b times as wide
     d = w.shape[1]
-    entropy = float(-log_prob.mean()) + d * torch.tensor(agent.args.noise_bound).log().item()
-    return w, entropy - d / 2 * float(torch.log(torch.tensor(2 * torch.pi * torch.e)))
+    of_eps = 0.5 * (eps.square() + math.log(2 * math.pi)).sum(1)  # the same draws: most of the noise cancels
+    return w, float((-log_prob - of_eps).mean()) + d * math.log(agent.args.noise_bound)
 
 
 @torch.no_grad()
 def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> dict:
-    """The five parts at states obs (B, obs_dim), in nats; determinants from `exact` draws a state, the same ones."""
+    """The five parts at states obs (B, obs_dim), in nats.
+
+    Determinants come from `exact` draws of eps per state, the same for frozen and steered. `random`: `decoder` for
+    shifts of the run's length in random directions (LP-DS); `folded`: share of determinants that are not positive.
+    """
     decoder, d, generator = agent.decoder, agent.decoder.dim, torch.Generator().manual_seed(seed)
     few = obs.repeat_interleave(exact, 0)
     eps = torch.randn(len(few), d, generator=generator)
     w, noise = unbounded(agent, few, eps)
-    here = log_volume(decoder, few, eps)
-    random = torch.randn(len(few), d, generator=generator)  # as far from eps as w, in directions that mean nothing
-    random *= (w - eps).norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
-    change = {"decoder": log_volume(decoder, few, w) - here, "random": log_volume(decoder, few, eps + random) - here}
+    shifts = {"decoder": w - eps}
+    if hasattr(agent, "perturbation"):
+        random = torch.randn(len(few), d, generator=generator)
+        shifts["random"] = random * (w - eps).norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+    (here, sign), moved = (
+        log_volume(decoder, few, eps),
+        {k: log_volume(decoder, few, eps + x) for k, x in shifts.items()},
+    )
+    change = {name: after - here for name, (after, _) in moved.items()}
     out = {"noise": noise} | {name: value.mean().item() for name, value in change.items()}
+    out["folded"] = torch.stack([sign, moved["decoder"][1]]).le(0).double().mean().item()
     out["decoder_se"] = change["decoder"].view(len(obs), exact).mean(1).std().item() / len(obs) ** 0.5  # over states
 
     many = obs.repeat_interleave(draws, 0)
@@ -95,55 +111,44 @@ def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> di
     out |= {
         f"clipped_{name}": (x.abs() > 1).double().mean().item() for name, x in (("frozen", frozen), ("steered", inside))
     }
-    shift = w - eps if hasattr(agent, "perturbation") else w.view(len(obs), draws, d).mean(1)
-    return out | {"rms_shift": shift.square().mean().sqrt().item(), "states": len(obs)}
+    if hasattr(agent, "perturbation"):
+        out["rms_shift"] = (w - eps).square().mean().sqrt().item()
+    return out | {"states": len(obs)}
 
 
 def load(run: Path):
     """(script's name, args, agent, observations of the replay) of a run's last checkpoint."""
-    state = lpds_adroit_flow.read_tensors(run / "checkpoint.pt", "RUN")
-    lpds_adroit_flow.require(
-        state["script"] in SCRIPTS, f"{run}: was made by {state['script']}; give one of {[*SCRIPTS]}"
-    )
+    state, require = lpds_adroit_flow.read_tensors(run / "checkpoint.pt", "RUNS"), lpds_adroit_flow.require
+    require(state.get("script") in SCRIPTS, f"{run}: was not made by one of {', '.join(SCRIPTS)}; give a run that was")
     script = SCRIPTS[state["script"]]
     args = script.Args(**state["args"] | {"resume": str(run), "device": "cpu"})
     decoder, *_ = script.load_decoder(args)
     agent = script.Agent(args, decoder)
     agent.load_state_dict(state["agent"])
+    steers = getattr(args, "perturb", "noise") == "noise" and getattr(agent, "started", True)
+    require(steers, f"{run}: does not steer noise (--perturb action, or stopped during warm-up); give another run")
     return state["script"], args, agent.requires_grad_(False), state["replay"]["obs"]
 
 
 def markdown(file: dict) -> str:
-    head = [
-        "run",
-        "seed",
-        *PARTS,
-        "sum, as logged",
-        "random direction",
-        "rms shift",
-        "actions clipped, frozen",
-        "steered",
-    ]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for r in file["runs"]:
-        numbers = [f"{r[key]:.2f}" for key in (*PARTS, "total", "random", "rms_shift")]
-        rows.append(
-            [
-                r["run"],
-                str(r["seed"]),
-                *numbers,
-                *(f"{100 * r[f'clipped_{key}']:.0f} %" for key in ("frozen", "steered")),
-            ]
-        )
-    note = (f"Nats per action chunk, steered less frozen, at {file['states']} states of each run's replay. Random "
-            "direction: `decoder` for shifts as long as the run's, but in random directions. Rms shift: per coordinate "
-            f"of w; of DSRL, of its mean. {file['machine']}, {file['date']}.")  # fmt: skip
-    lines = [
-        "<!-- written by: python benchmark/entropy_sources.py -->",
-        "",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    return "\n".join([*lines, "", note, ""])
+    cells = {"run": lambda r: r["run"], "seed": lambda r: str(r["seed"])}
+    cells |= {part: lambda r, part=part: f"{r[part]:.1f}" for part in PARTS}
+    cells |= {
+        "decoder": lambda r: f"{r['decoder']:.1f} ± {r['decoder_se']:.1f}",
+        "sum": lambda r: f"{r['total']:.1f}",
+        "random direction": lambda r: f"{r['random']:.1f}" if "random" in r else "-",
+        "rms shift": lambda r: f"{r['rms_shift']:.2f}" if "rms_shift" in r else "-",
+        "actions clipped": lambda r: f"{r['clipped_frozen']:.0%} → {r['clipped_steered']:.0%}",
+        "folded": lambda r: f"{r['folded']:.1%}",
+    }
+    rows = [[*cells], ["---"] + ["---:"] * (len(cells) - 1)]
+    rows += [[cell(r) for cell in cells.values()] for r in file["runs"]]
+    note = (f"Nats per action chunk, steered less frozen, at {file['states']} states of each run's replay; ±: standard "
+            "error over states. Random direction: `decoder` for shifts as long as the run's in directions drawn anew. Rms "
+            "shift: per coordinate of w. Folded: share of determinants that are not positive. "
+            f"{file['machine']}, {file['date']}.")  # fmt: skip
+    lines = ["<!-- written by: python benchmark/entropy_sources.py -->", ""]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), "", note, ""])
 
 
 def main(
@@ -171,7 +176,7 @@ def main(
             name = run.parent.name.rpartition("__")[0] if "benchmark" in run.parts else f"{args.env_id} {script}"
             file["runs"].append({"run": name, "seed": args.seed} | take_apart(agent, obs[index]))
             print(file["runs"][-1], flush=True)
-        out.write_text(json.dumps(file, indent=1) + "\n")
+            out.write_text(json.dumps(file, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(json.loads(out.read_text())))
 
 

@@ -82,7 +82,7 @@ def main(repeats: int = 30, table: bool = False, out: Path = ROOT / "benchmark" 
     """Measures and writes; --table writes the table alone, from the numbers that are there."""
     if not table:
         torch.set_num_threads(1)
-        file = {"date": time.strftime("%Y-%m-%d"), "repeats": repeats, "num_envs": adroit.Args.num_envs,
+        file = {"date": time.strftime("%Y-%m-%d"), "repeats": repeats, "num_envs": adroit.parse_args([]).num_envs,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
                 "environments": {}}  # fmt: skip
         for task in adroit.DELTAS:

@@ -29,7 +29,8 @@ def test_the_volume_of_a_linear_flow(solver):
     obs, w = torch.randn(7, 3), torch.randn(7, 3)
     one_step = torch.eye(3) + A / 5 + (solver == "heun") * A @ A / 50
     known = 5 * np.linalg.slogdet(one_step.numpy()).logabsdet
-    assert np.allclose(sources.log_volume(linear_flow(solver), obs, w), known, atol=1e-5)
+    log, sign = sources.log_volume(linear_flow(solver), obs, w)
+    assert np.allclose(log, known, atol=1e-5) and (sign == 1).all()
     map_of_w = np.linalg.matrix_power(one_step.numpy(), 5)
     moved = sources.unclipped(linear_flow(solver), obs, w + 1) - sources.unclipped(linear_flow(solver), obs, w)
     assert np.allclose(moved, np.ones((7, 3)) @ map_of_w.T, atol=1e-4)
@@ -51,16 +52,38 @@ def test_a_shift_through_a_linear_flow_costs_nothing_and_the_parts_add_up():
     assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-9
 
 
+def test_the_volume_of_a_curved_flow_by_hand():
+    """dx/dt = x^2 / 2 in every coordinate: a step multiplies the volume by 1 + x / n; beyond -n it folds."""
+    flow = SimpleNamespace(solver="euler", dim=2, times=range(3), velocity=lambda i, x, obs: x.square() / 2)
+    w = torch.tensor([[0.5, -1.0], [-3.0, 1.0]])
+    between = w + w.square() / 4
+    known = ((1 + w / 2) * (1 + between / 2)).double().prod(1)
+    log, sign = sources.log_volume(flow, torch.zeros(2, 1), w)
+    assert np.allclose(log, known.abs().log(), atol=1e-5) and sign.tolist() == known.sign().tolist() == [1, -1]
+
+
+def test_a_shift_through_a_curved_flow_changes_the_entropy_by_what_its_determinants_say():
+    flow = SimpleNamespace(solver="euler", dim=1, times=range(2), velocity=lambda i, x, obs: 0.1 * x.exp())
+    shift = torch.tensor([1.0])
+    agent = SimpleNamespace(
+        decoder=flow, perturbation=lambda obs: shift.expand(len(obs), 1), steer=lambda obs, e: e + shift
+    )
+    found = sources.take_apart(agent, torch.zeros(2_000, 1), draws=6, exact=1)
+
+    def mean_log_slope(mean):  # E log(1 + 0.1 e^x), x ~ N(mean, 1)
+        normal = lambda x: math.exp(-0.5 * (x - mean) ** 2) / math.sqrt(2 * math.pi)  # noqa: E731
+        return scipy.integrate.quad(lambda x: normal(x) * math.log1p(0.1 * math.exp(x)), -9, 9)[0]
+
+    assert abs(found["decoder"] - (mean_log_slope(1) - mean_log_slope(0))) < 5 * found["decoder_se"] < 0.05
+    assert found["folded"] == 0 and found["bound"] == 0
+
+
 def test_the_noise_of_dsrl_loses_what_integration_says():
     mu, sigma, b = 0.4, 0.3, 2.5
-
-    def squash(obs, eps):  # as baselines/dsrl_adroit_flow.py does, one coordinate like the other
-        u = mu + sigma * eps
-        log_prob = -0.5 * eps.square() - math.log(sigma) - 0.5 * math.log(2 * math.pi) - (1 - u.tanh().square()).log()
-        return b * u.tanh(), log_prob.sum(-1)
-
-    agent = SimpleNamespace(squash=squash, args=SimpleNamespace(noise_bound=b))
-    _, lost = sources.unbounded(agent, torch.zeros(200_000, 2), torch.randn(200_000, 2))
+    agent = SimpleNamespace(args=SimpleNamespace(noise_bound=b))
+    agent.actor = lambda obs: torch.tensor([mu, mu, math.log(sigma), math.log(sigma)]).expand(len(obs), 4)
+    agent.squash = lambda obs, eps: sources.dsrl_adroit_flow.Agent.squash(agent, obs, eps)
+    _, lost = sources.unbounded(agent, torch.zeros(2_000, 1), torch.randn(2_000, 2))
 
     def integrand(w):  # -p log p of w = b tanh(u)
         u = math.atanh(w / b)
@@ -92,8 +115,12 @@ def test_real_runs_are_taken_apart(script, tmp_path):
     sources.main((run,), states=2, out=out)
     (found,) = json.loads(out.read_text())["runs"]
     assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-6
-    assert (found["noise"] == 0) == script.startswith("lpds") and found["rms_shift"] > 0
-    assert f"| {found['total']:.2f} |" in out.with_suffix(".md").read_text()
+    assert (found["noise"] == 0) == ("rms_shift" in found) == script.startswith("lpds")
+    assert f"| {found['total']:.1f} |" in out.with_suffix(".md").read_text()
+    _, _, agent, obs = sources.load(run)
+    noise = torch.randn(len(obs), agent.decoder.dim)
+    with_clip = sources.unclipped(agent.decoder, obs, noise).clamp(-1, 1)
+    assert torch.equal(with_clip, agent.decoder(obs, noise))
 
 
 def test_without_runs_it_says_so(capsys):
