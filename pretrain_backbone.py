@@ -164,12 +164,13 @@ class ActionChunk(gym.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
             total, steps = total + reward, steps + 1
             # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            self.successes.append(bool(info.get("success", truncated and not terminated)))
+            flag = info.get("success", info.get("is_success"))
+            self.successes.append(bool(truncated and not terminated if flag is None else flag))
             if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
                 break
         if not (terminated or truncated):
             info = {}  # of a single step: it would say nothing about the chunk
-        elif "success" in info:
+        elif flag is not None:
             share = float(np.mean(self.successes))
             info = info | {"success_end": self.successes[-1], "success_share": share}
         info = info | {"steps": steps, "success": any(self.successes)}

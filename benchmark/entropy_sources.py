@@ -144,8 +144,8 @@ def markdown(file: dict) -> str:
     rows = [[*cells], ["---"] + ["---:"] * (len(cells) - 1)]
     rows += [[cell(r) for cell in cells.values()] for r in file["runs"]]
     note = (f"Nats per action chunk, steered less frozen, at {file['states']} states of each run's replay; ±: standard "
-            "error over states. Random direction: `decoder` for shifts as long as the run's in directions drawn anew. Rms "
-            "shift: per coordinate of w. Folded: share of determinants that are not positive. "
+            "error over states. Random direction: `decoder` for shifts as long as the run's, in directions drawn anew. "
+            "Rms shift: per coordinate of w. Folded: share of determinants that are not positive. "
             f"{file['machine']}, {file['date']}.")  # fmt: skip
     lines = ["<!-- written by: python benchmark/entropy_sources.py -->", ""]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), "", note, ""])

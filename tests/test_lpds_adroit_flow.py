@@ -148,11 +148,12 @@ def test_an_episode_is_25_chunks_and_reports_every_kind_of_success(task):
     assert info["episode"]["l"] == 200 and info["episode"]["r"] == pytest.approx(total, abs=1e-3)
 
 
-def test_success_at_any_step_at_the_end_and_its_share_differ(monkeypatch):
+@pytest.mark.parametrize("flag", ["success", "is_success"])  # Adroit's name; that of Fetch and of the Shadow hand
+def test_success_at_any_step_at_the_end_and_its_share_differ(flag, monkeypatch):
     env = make("Pen")
     env.reset(seed=0)
     count, step = iter(range(200)), type(env.unwrapped).step
-    held = lambda self, a: (*step(self, a)[:4], {"success": 40 <= next(count) < 70})  # noqa: E731
+    held = lambda self, a: (*step(self, a)[:4], {flag: 40 <= next(count) < 70})  # noqa: E731
     monkeypatch.setattr(type(env.unwrapped), "step", held)
     result = adroit.evaluate(lambda obs, noise: torch.zeros_like(noise), [env], 0, "cpu")
     assert result["success"].tolist() == [True] and result["success_end"].tolist() == [0]
