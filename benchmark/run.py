@@ -406,8 +406,9 @@ def condense(run: Run, out: Path) -> str:
         short = lambda v: "" if np.isnan(v) else f"{v:.0f}" if v.is_integer() else f"{v:.5g}"  # noqa: E731
         lines = [",".join(m), *(",".join(map(short, row)) for row in zip(*m.values(), strict=True)), ""]
         with np.load(folder / "eval.npz", allow_pickle=False) as f:
-            arrays = {k: f[k].astype(np.float32) for k in ("return", "success", "length")}  # (evaluations, episodes)
-            arrays["global_step"] = f["global_step"]
+            # Each (evaluations, episodes); hands also have success_end and success_share
+            kept = [k for k in f.files if k in ("return", "length") or k.startswith("success")]
+            arrays = {k: f[k].astype(np.float32) for k in kept} | {"global_step": f["global_step"]}
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
         meta = {"label": run.label, "spec": run.spec, "arm": run.arm, "env_id": run.env_id, "seed": run.seed,
                 "finished": state.finished, "steps": state.step, "minutes": round(state.minutes, 1),
@@ -417,7 +418,7 @@ def condense(run: Run, out: Path) -> str:
                 "starts": [json.loads(s) for f in run.home.glob("starts.jsonl") for s in f.read_text().splitlines()],
                 "args": json.loads((folder / "args.json").read_text())}  # fmt: skip
         if last := final(run):
-            pairs = itertools.product(("frozen", "steered"), ("return", "success", "length"))
+            pairs = [(who, key) for who in ("frozen", "steered") for key, v in last[who].items() if isinstance(v, list)]
             arrays |= {f"final_{who}_{key}": np.float32(last[who].pop(key)) for who, key in pairs}  # (episodes,)
             meta["final"] = {key: last[key] for key in ("episodes", "seed", "global_step", "frozen", "steered")}
     except Exception as error:  # damaged files fail in many ways, and none of them may hide the other runs

@@ -106,7 +106,8 @@ def write_run(run, steps, returns, columns=None, checkpoint=True):
     rows = [",".join("" if v is None else f"{v:.9g}" for v in row) for row in zip(*columns.values(), strict=True)]
     (folder / "metrics.csv").write_text("\n".join([",".join(columns), *rows]) + "\n")
     np.savez_compressed(folder / "eval.npz", **{"global_step": np.array(steps), "return": returns,
-                        "success": returns > 0, "length": np.full(returns.shape, 1000)})  # fmt: skip
+                        "success": returns > 0, "success_share": returns / 2_000,
+                        "length": np.full(returns.shape, 1000)})  # fmt: skip
     if checkpoint:
         state = {"versions": {"torch": "2.6.0"}, "cuda_rng": None, "replay": torch.zeros(3)}
         torch.save(state, folder / "checkpoint.pt")
@@ -118,6 +119,7 @@ def write_final(run, episodes):
 
     def one(x):
         episodic = {"return": [x] * episodes, "success": [True] * episodes, "length": [9] * episodes}
+        episodic["success_share"] = [x / 10] * episodes
         return episodic | {"entropy": -x, "ties": 0.0, "sq_norm": x, "ratio": None, "kl": 0.5}
 
     final = {"env_id": "-", "script": "-", "checkpoint": "-", "global_step": 9, "episodes": episodes, "seed": 2_000_000}
@@ -340,8 +342,10 @@ def test_collect_repeats_known_numbers_and_leaves_out_what_is_damaged(tmp_path, 
     assert meta["final"]["steered"] == numbers and meta["final"]["episodes"] == 5 and "final" not in json.loads(
         (out / f"{runs[2].label}.json").read_text())  # fmt: skip
     with np.load(out / f"{runs[1].label}.npz", allow_pickle=False) as f:
-        final = {f"final_{who}_{key}" for who in ("frozen", "steered") for key in ("return", "success", "length")}
-        assert set(f) == final | {"global_step", "return", "success", "length"}
+        kept = {"return", "success", "length", "success_share"}
+        assert set(f) == {f"final_{who}_{key}" for who in ("frozen", "steered") for key in kept} | kept | {
+            "global_step"
+        }
         assert f["return"].tolist() == returns and f["global_step"].tolist() == [0, 50, 101]
         assert f["final_steered_return"].tolist() == [2.5] * 5 and f["final_frozen_success"].tolist() == [1] * 5
         assert {f[key].dtype for key in f if key != "global_step"} == {np.dtype("f4")}
