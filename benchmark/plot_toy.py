@@ -113,7 +113,7 @@ def draw(folder: Path) -> Path:
     seeds = f"seeds {args['seed']} to {args['seed'] + args['seeds'] - 1}"
     what = f"100 episodes of seed {args['seed']} after {args['total_timesteps']:,} steps, and curves against steps"
     figure.suptitle(f"{world}: {what} ({seeds}; thick: their mean)")
-    save(folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=130))
+    save(folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=100))
     return folder / "figure.png"
 
 
@@ -209,7 +209,7 @@ def draw_states(run: Path) -> Path:
     before.set(aspect="equal", title="noise w at the start")
     after.set(aspect="equal", title="and the actions that it becomes")
     before.legend()
-    save(run / "states.png", lambda file: figure.savefig(file, format="png", dpi=130))
+    save(run / "states.png", lambda file: figure.savefig(file, format="png", dpi=100))
     return run / "states.png"
 
 

@@ -128,10 +128,13 @@ def write_final(run, episodes):
 
 # --- Specs ---
 def test_every_command_of_every_committed_spec_parses_and_is_the_experiment_meant(tmp_path):
-    parse = {name: load(name).parse_args for name in ("lpds_continuous.py", "baselines/dsrl_continuous.py")}
+    scripts = [
+        f"{place}_{family}.py" for family in ("continuous", "adroit_flow") for place in ("lpds", "baselines/dsrl")
+    ]
+    parse = {name: load(name).parse_args for name in scripts}
     names = sorted(str(p.relative_to(bench.SPECS).with_suffix("")) for p in bench.SPECS.rglob("*.yaml"))
-    assert names == ["continuous/ablation", "continuous/flow", "continuous/norm", "continuous/seeds",
-                     "continuous/updates", "cpu", "gpu"]  # fmt: skip
+    assert names == ["adroit", "adroit/ablation", "continuous/ablation", "continuous/flow", "continuous/norm",
+                     "continuous/seeds", "continuous/updates", "cpu", "gpu"]  # fmt: skip
     seen = {}
     for name in names:
         runs = bench.load_spec(name, tmp_path)
@@ -161,6 +164,14 @@ def test_every_command_of_every_committed_spec_parses_and_is_the_experiment_mean
         "linear-dual": ("noise", True, "none", "linear"),
         "no-Lagrangian": ("noise", False, "none", "log"),
         "no-Lagrangian-bound-2.5": ("noise", False, 2.5, "log"),
+    }
+    hands = [f"AdroitHand{task}-v1" for task in ("Pen", "Hammer", "Door", "Relocate")]
+    assert seen["adroit"] == {f"{e}__{arm}__{s}" for e in hands for arm in ("LP-DS", "DSRL") for s in (1, 2)}
+    part = {label.split("__")[1]: seen[tmp_path / "adroit/ablation" / label] for label in seen["adroit/ablation"]}
+    assert {k: (a.lagrangian, a.noise_bound, a.delta_norm) for k, a in part.items()} == {
+        "without-Lagrangian": (False, 2.5, "mean"),
+        "without-both": (False, "none", "mean"),
+        "sum-over-d": (True, 2.5, "sum"),
     }
     assert {(a.preset, a.device) for path, a in seen.items() if isinstance(path, Path) and "gpu" in path.parts} == {
         ("paper", "cuda")
@@ -215,7 +226,10 @@ GOOD = {"script": "entropy.py", "envs": ["E"], "flags": "--total-timesteps 5", "
         (yaml.safe_dump(GOOD | {"arms": {"a b": {}, "a-b": {}}}), "arm a-b: E__a-b__1 is there already"),
         (yaml.safe_dump(GOOD | {"arms": {}}), "has neither arms nor runs"),
         (yaml.safe_dump(GOOD | {"include": ["spec.yaml"]}), "includes itself"),
-        (yaml.safe_dump(GOOD | {"include": ["nowhere"]}), "nowhere: no such spec; give one of continuous/ablation,"),
+        (
+            yaml.safe_dump(GOOD | {"include": ["nowhere"]}),
+            "nowhere: no such spec; give one of adroit, adroit/ablation,",
+        ),
         ("script: entropy.py\narms: {x: {}}", "arm x: lacks script or envs"),
         ("- a\n- b", "must hold `key: value` lines"),
         ("a: [", "is no YAML"),
