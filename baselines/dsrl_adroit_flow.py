@@ -366,8 +366,7 @@ class FlowDecoder(Decoder):
 
     def freeze(self):
         super().freeze()
-        n = self.config["sample_steps"]
-        scale = self.config["train_steps"]  # the time embedding counts to this at t = 1
+        n, scale = self.config["sample_steps"], self.config["train_steps"]  # time embeddings count to scale at t = 1
         times = torch.arange(n + 1, dtype=self.times.dtype, device=self.times.device) * scale / n
         self.times = self.embed_time(times)  # (n + 1, time_dim): Heun's method needs both ends of a step
         return self
@@ -375,14 +374,17 @@ class FlowDecoder(Decoder):
     def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
         return self.network(x, self.times[i].expand(x.shape[0], -1), obs)
 
-    def forward(self, obs, noise):
-        x, n = noise, len(self.times) - 1
+    def integrate(self, obs, x):  # Phi before the result is clipped: smooth, and invertible while steps are small
+        n = len(self.times) - 1
         for i in range(n):
             slope = self.velocity(i, x, obs)
             if self.solver == "heun":  # the mean of the slopes here and where Euler's step leads
                 slope = (slope + self.velocity(i + 1, x + slope / n, obs)) / 2
             x = x + slope / n
-        return x.clamp(-1, 1)
+        return x
+
+    def forward(self, obs, noise):
+        return self.integrate(obs, noise).clamp(-1, 1)
 
 
 def load_decoder(args: Args):
@@ -393,9 +395,8 @@ def load_decoder(args: Args):
     task = args.env_id.removeprefix("AdroitHand").rsplit("-v", 1)[0].removesuffix("Sparse").lower()
     path = Path(args.backbone or BACKBONES / f"adroit-{task}-flow.pt")
     decoder, normalization, card = read_decoder(Path(args.resume, "backbone.pt") if args.resume else path, args)
-    kind = decoder.config["kind"]
     advice = "this script integrates flows, as pretrain_backbone.py --kind flow makes them; DPPO's are none"
-    require(kind == "flow", f"--backbone {path}: is a {kind} decoder; {advice}")
+    require(decoder.config["kind"] == "flow", f"--backbone {path}: is a {decoder.config['kind']} decoder; {advice}")
     if card.get("env_id", "").rsplit(":")[-1] != args.env_id:  # a Sparse task: the same success, other rewards
         card.pop("frozen_return", None)
     flow = FlowDecoder(decoder.config | {"sample_steps": args.ode_steps}, args.ode_solver)

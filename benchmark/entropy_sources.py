@@ -6,7 +6,7 @@ determinant is computed exactly. The change of the k-nearest-neighbour estimate 
 less `entropy/action_frozen`) is then the sum of
 
     noise      H(w) - H(eps): 0 for LP-DS before its bound; DSRL's squashed Gaussian, box included
-    decoder    change of E log |det dPhi/dw|: how much closer together Phi puts what enters around the steered w
+    decoder    change of E log |det dPhi/dw|: how much further apart Phi puts what enters around the steered w
     estimator  what the estimate, from 64 draws in d dimensions, says beyond these two: its bias, and all sampling error
     bound      what clipping w to +-b_W adds to the estimate (LP-DS)
     actions    what clipping actions to [-1, 1] adds to the estimate, compared with what it does to the frozen ones
@@ -41,22 +41,11 @@ SCRIPTS = {"lpds_adroit_flow.py": lpds_adroit_flow, "dsrl_adroit_flow.py": dsrl_
 PARTS = ("noise", "decoder", "estimator", "bound", "actions")
 
 
-def unclipped(decoder, obs, w):
-    """FlowDecoder.forward without its last clip: obs (B, obs_dim), w (B, d) -> (B, d)."""
-    x, n = w, len(decoder.times) - 1
-    for i in range(n):
-        slope = decoder.velocity(i, x, obs)
-        if decoder.solver == "heun":
-            slope = (slope + decoder.velocity(i + 1, x + slope / n, obs)) / 2
-        x = x + slope / n
-    return x
-
-
 def log_volume(decoder, obs, w):
-    """log |det d unclipped / dw| (B,), and its sign: d tangents through the decoder for each row."""
+    """log |det dPhi/dw| (B,), and its sign: d tangents through the decoder for each row."""
 
     def one(obs, w):
-        return unclipped(decoder, obs[None], w[None])[0]
+        return decoder.integrate(obs[None], w[None])[0]
 
     jacobian = torch.func.vmap(torch.func.jacfwd(one, argnums=1))
     parts = [jacobian(o, x).double() for o, x in zip(obs.split(16), w.split(16))]
@@ -89,10 +78,8 @@ def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> di
     if hasattr(agent, "perturbation"):
         random = torch.randn(len(few), d, generator=generator)
         shifts["random"] = random * (w - eps).norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
-    (here, sign), moved = (
-        log_volume(decoder, few, eps),
-        {k: log_volume(decoder, few, eps + x) for k, x in shifts.items()},
-    )
+    here, sign = log_volume(decoder, few, eps)
+    moved = {name: log_volume(decoder, few, eps + shift) for name, shift in shifts.items()}
     change = {name: after - here for name, (after, _) in moved.items()}
     out = {"noise": noise} | {name: value.mean().item() for name, value in change.items()}
     out["folded"] = torch.stack([sign, moved["decoder"][1]]).le(0).double().mean().item()
@@ -103,7 +90,7 @@ def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> di
     w = unbounded(agent, many, eps)[0]
     bounded = agent.steer(many, eps)
     entropy = lambda x: knn_entropy(x.view(len(obs), draws, d))[0].item()  # noqa: E731
-    frozen, free, inside = (unclipped(decoder, many, x) for x in (eps, w, bounded))
+    frozen, free, inside = (decoder.integrate(many, x) for x in (eps, w, bounded))
     out["estimator"] = entropy(free) - entropy(frozen) - out["noise"] - out["decoder"]
     out["bound"] = entropy(inside) - entropy(free)
     before, after = entropy(inside) - entropy(frozen), entropy(inside.clamp(-1, 1)) - entropy(frozen.clamp(-1, 1))

@@ -496,7 +496,7 @@ def main(names: Positional[tuple[str, ...]] = (), results: Path = HERE / "result
     sections = []
     for name in names or sorted(str(f.relative_to(specs))[:-5] for f in specs.rglob("*.yaml")):
         spec, runs = load(results, specs, name)
-        if not runs:
+        if not [r for r in runs if r["spec"] == name or not spec["arms"]]:  # included runs alone compare nothing
             print(f"{name}: nothing in {results / name}; train it with: python benchmark/run.py {name}")
             continue
         tables = [rows for rows in (comparison(runs, spec["envs"]), run_table(runs, spec["envs"])) if rows]
