@@ -364,7 +364,7 @@ def read_hdf5(path: str, obs_keys: list) -> list:
     return episodes
 
 
-def read_minari(path: str) -> list:
+def read_minari(path: str, env_id: str) -> list:
     name = path.removeprefix("minari:")
     try:
         import minari
@@ -377,6 +377,11 @@ def read_minari(path: str) -> list:
     for space in (dataset.observation_space, dataset.action_space):
         box, kind = isinstance(space, gym.spaces.Box), type(space).__name__
         require(box, f"--data {path}: has a {kind} space; only Box observations and actions can be cloned")
+    recorded = dataset.env_spec.id if dataset.env_spec else ""  # none: the data was not recorded from an environment
+    known, asked = (name.rpartition(":")[2].rsplit("-v", 1)[0] for name in (recorded, env_id))  # less its version
+    if known and asked and known != asked:
+        what = f"was recorded in {recorded}, not in {env_id}"
+        print(f"warning: --data {path}: {what}; are observations and actions the same there?", file=sys.stderr)
     # Minari keeps the observation after the last action as well
     return [(episode.observations[: len(episode.actions)], episode.actions) for episode in dataset.iterate_episodes()]
 
@@ -414,7 +419,7 @@ def load_episodes(args: Args) -> list:
     kinds = "give an .npz, an .hdf5, a folder of D3IL's or minari:DATASET_ID"
     try:
         if path.startswith("minari:"):
-            episodes = read_minari(path)
+            episodes = read_minari(path, args.env_id)
         elif Path(path).is_dir():
             episodes = read_d3il(path)
         else:

@@ -747,8 +747,8 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def plot_curves(path: Path, rows: list) -> None:
-    keys = "eval/episodic_return trust_region/violation trust_region/alpha losses/alpha entropy/action losses/q_w_corr"
-    keys = [key for key in keys.split() if any(key in row for row in rows)]
+    wanted = "eval/episodic_return eval/success trust_region/violation /alpha entropy/action losses/q_w_corr".split()
+    keys = [key for end in wanted for key in rows[-1] if key.endswith(end) and any(row.get(key) for row in rows)]
     figure = Figure((3.6 * len(keys), 3.5), layout="constrained")
     for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         axis.plot(*zip(*[(row["global_step"], row[key]) for row in rows if key in row]))

@@ -261,11 +261,9 @@ def test_it_runs_stops_and_resumes_exactly(script, task, tiny_backbone, tmp_path
     ("PenSparse", "--no-lagrangian"), ("DoorSparse", "--no-lagrangian --noise-bound none"),
     ("RelocateSparse", "--ode-solver heun --ode-steps 3"), ("HammerSparse", "--perturb action"),
 ])  # fmt: skip
-def test_every_task_and_ablation_runs(task, flags, tiny_backbone, tmp_path):
-    backbone = tiny_backbone(f"AdroitHand{task.removesuffix('Sparse')}", "flow")
+def test_every_task_and_ablation_runs_with_the_committed_decoder(task, flags, tmp_path):
     run_dir = ["--run-dir", tmp_path, "--total-timesteps", 800]
-    text = finish(run(SCRIPTS[0], "--env-id", f"AdroitHand{task}-v1", "--backbone", backbone, *TINY.split(), *run_dir,
-                      *flags.split()))  # fmt: skip
+    text = finish(run(SCRIPTS[0], "--env-id", f"AdroitHand{task}-v1", *TINY.split(), *run_dir, *flags.split()))
     (folder,) = tmp_path.iterdir()
     last, saved = rows(folder)[-1], torch.load(folder / "backbone.pt", weights_only=True)
     assert float(last["trust_region/sq_norm"]) > 0 and "success" in text
@@ -275,17 +273,37 @@ def test_every_task_and_ablation_runs(task, flags, tiny_backbone, tmp_path):
         assert (float(last["trust_region/saturated"]) == 0) == ("none" in flags)
 
 
+def test_the_figure_of_a_run_has_a_panel_for_whatever_it_logged(tmp_path, monkeypatch):
+    made, figure = [], adroit.Figure
+    monkeypatch.setattr(adroit, "Figure", lambda *args, **kwargs: made.append(figure(*args, **kwargs)) or made[-1])
+    first = {"global_step": 0, "eval/episodic_return": -1.0, "eval/success": 0.25, "eval/frozen_success": 0.25}
+    last = first | {"global_step": 8, "losses/alpha": 0.5, "trust_region/alpha": 0.0, "losses/q_w_corr": 0.1}
+    adroit.plot_curves(tmp_path / "curves.png", [first, last])  # alpha 0: --no-lagrangian
+    titles = ["eval/episodic_return", "eval/success", "losses/alpha", "losses/q_w_corr"]
+    assert [axis.get_title() for axis in made[0].axes] == titles and (tmp_path / "curves.png").stat().st_size > 1_000
+    assert made[0].axes[1].lines[0].get_xydata().tolist() == [[0, 0.25], [8, 0.25]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_gymnasium_robotics_it_says_what_to_install(script, tmp_path):
+    (tmp_path / "gymnasium_robotics.py").write_text("raise ImportError")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "requirements/adroit.txt" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_bad_input_gets_one_sentence(tiny_backbone, tmp_path):
     flow_file = tiny_backbone("AdroitHandPen", "flow")
     for flags, parts in (
         (["--backbone", tiny_backbone("AdroitHandPen", "diffusion")], ["is a diffusion decoder", "--kind flow"]),
         (
             ["--env-id", "Hopper-v4"],
-            ["--env-id Hopper-v4: there is no decoder", "--backbone", "AdroitHandPenSparse-v1"],
+            ["--env-id Hopper-v4: no decoder", "--backbone", "AdroitHandPenSparse-v1"],
         ),
         (["--env-id", "Hopper-v4", "--preset", "paper"], ["--preset paper: has no settings for Hopper-v4"]),
         (["--backbone", flow_file, "--env-id", "AdroitHandDoor-v1"], ["45 obs coordinates", "AdroitHandDoor-v1"]),
         (["--backbone", flow_file, "--ode-steps", 0], ["--ode-steps 0", "must lie in"]),
+        (["--ode-steps", 1001], ["--ode-steps 1001", "must lie in [1, 1000]"]),  # a run that --resume would refuse
         (["--env-id", "AdroitHandPenn-v1"], ["did you mean AdroitHandPen-v1"]),
         (["--noise-bound", -1.0], ["--noise-bound -1.0"]),
     ):
@@ -304,7 +322,7 @@ def test_the_committed_decoder_succeeds_as_often_as_its_card_says(task):
     found, said = adroit.evaluate(decoder, envs, 77_000, "cpu")["success"].mean(), card["frozen_success"]
     assert 0.2 <= said <= 0.7 and decoder.config["chunk"] == 8
     spread = np.sqrt(said * (1 - said) * (1 / 50 + 1 / card["eval_episodes"]))
-    assert abs(found - said) < 4 * spread, f"{found} of 50 episodes, {said} by the card"
+    assert abs(found - said) < 2.5 * spread, f"{found} of 50 episodes, {said} by the card"
 
 
 # --- the page ---

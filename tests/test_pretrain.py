@@ -146,7 +146,7 @@ def write_d4rl(path, episodes, **changes):
     return path
 
 
-def write_minari(episodes, name="toy/steps-v0"):
+def write_minari(episodes, name="toy/steps-v0", env=None):
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
@@ -162,7 +162,7 @@ def write_minari(episodes, name="toy/steps-v0"):
         name, buffers, algorithm_name="none", author="none", author_email="none", code_permalink="none",
         description="none",
         observation_space=gym.spaces.Box(-1e9, 1e9, obs.shape[1:], obs.dtype),
-        action_space=gym.spaces.Box(-1e9, 1e9, actions.shape[1:], actions.dtype),
+        action_space=gym.spaces.Box(-1e9, 1e9, actions.shape[1:], actions.dtype), env=env,
     )  # fmt: skip
     return f"minari:{name}"
 
@@ -582,6 +582,16 @@ def test_minari_that_cannot_be_loaded(script, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "a.hdf5").write_bytes(b"")
     refused(script(tmp_path / "a.hdf5"), "pip install h5py")
+
+
+@pytest.mark.parametrize("env_id, same", [
+    ("AdroitHandDoor-v1", True), ("gymnasium_robotics:AdroitHandDoor-v2", True), ("", True), ("Hopper-v5", False),
+])  # fmt: skip
+def test_minari_data_of_another_environment_is_noticed(env_id, same, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path = write_minari([(np.zeros((5, 39)), np.zeros((5, 28)))], env=gym.make("gymnasium_robotics:AdroitHandDoor-v1"))
+    assert len(pb.read_minari(path, env_id)) == 1
+    assert ("was recorded in AdroitHandDoor-v1, not in Hopper-v5" in capsys.readouterr().err) is not same
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "gymnasium_robotics:AdroitHandDoor-v1"])
