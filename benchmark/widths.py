@@ -2,8 +2,8 @@
 
 A cloned policy plays its data's noise, too; less noise into the decoder may by itself be worth more than steering. And
 DSRL starts from another width than LP-DS: its squashed Gaussian b tanh(mu + sigma eps), before it has learned a thing
-(mu 0, sigma 1), has 0.63 b standard deviations in every coordinate. So each committed decoder plays the same episodes
-on s eps for several s, and on b tanh(eps). Writes benchmark/results/widths.json and .md.
+(mu about 0, sigma about 1), has a standard deviation of 0.63 b in every coordinate. So each committed decoder plays
+the same episodes on s eps for several s, and on b tanh(eps). Writes benchmark/results/widths.json and .md.
 
 python benchmark/widths.py            # a quarter of an hour on one core
 python benchmark/widths.py --table    # the table alone, from the .json
@@ -60,13 +60,18 @@ def play(task: str, width, episodes: int) -> dict:
 def markdown(file: dict) -> str:
     rows = [["w", "std", "entropy", *TASKS], ["---"] + ["---:"] * (2 + len(TASKS))]
     for name, tasks in file["widths"].items():
-        about = describe(WIDTHS[name])
-        found = [f"{tasks[task]['success']:.2f}" if task in tasks else "-" for task in TASKS]
-        rows.append([name, f"{about['std']:.2f}", f"{about['entropy']:+.2f}", *found])
+        about, found = (
+            describe(WIDTHS[name]),
+            [tasks.get(task, {"success": np.nan, "return": np.nan}) for task in TASKS],
+        )
+        cells = [f"{played['success']:.2f}, {played['return']:.0f}" for played in found]
+        rows.append([name, f"{about['std']:.2f}", f"{about['entropy']:+.2f}", *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     error = 0.5 / file["episodes"] ** 0.5
-    note = f"Success of the frozen decoders in {file['episodes']} episodes, seeds from 10000, standard error up to "
-    note += f"{error:.2f}. Std and entropy (nats, less that of eps): of one coordinate of w. "
+    note = (
+        f"Success and return of the frozen decoders in {file['episodes']} episodes, seeds from 10000; standard error "
+    )
+    note += f"of success up to {error:.2f}. Std and entropy (nats, less that of eps): of one coordinate of w. "
     note += f"{file['machine']}, {file['date']}."
     return "\n".join(["<!-- written by: python benchmark/widths.py -->", "", *lines, "", note, ""])
 

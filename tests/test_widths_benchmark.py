@@ -54,8 +54,11 @@ def test_it_measures_and_the_table_says_so(monkeypatch, tmp_path):
     out = tmp_path / "widths.json"
     widths.main(episodes=2, out=out)
     file, text = json.loads(out.read_text()), out.with_suffix(".md").read_text()
-    first = file["widths"]["eps (frozen)"]["Pen"]["success"]
-    assert f"| eps (frozen) | 1.00 | +0.00 | {first:.2f} |" in text and "| 1.5 tanh eps | 0.94 |" in text
+    first = file["widths"]["eps (frozen)"]["Pen"]
+    assert (
+        f"| eps (frozen) | 1.00 | +0.00 | {first['success']:.2f}, {first['return']:.0f} |" in text
+        and "| 1.5 tanh eps | 0.94 |" in text
+    )
     out.with_suffix(".md").unlink()
     widths.main(table=True, out=out)
     assert out.with_suffix(".md").read_text() == text
