@@ -60,18 +60,13 @@ def play(task: str, width, episodes: int) -> dict:
 def markdown(file: dict) -> str:
     rows = [["w", "std", "entropy", *TASKS], ["---"] + ["---:"] * (2 + len(TASKS))]
     for name, tasks in file["widths"].items():
-        about, found = (
-            describe(WIDTHS[name]),
-            [tasks.get(task, {"success": np.nan, "return": np.nan}) for task in TASKS],
-        )
-        cells = [f"{played['success']:.2f}, {played['return']:.0f}" for played in found]
+        about = describe(WIDTHS[name])
+        cells = [f"{tasks[task]['success']:.2f}, {tasks[task]['return']:.0f}" for task in TASKS]
         rows.append([name, f"{about['std']:.2f}", f"{about['entropy']:+.2f}", *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     error = 0.5 / file["episodes"] ** 0.5
-    note = (
-        f"Success and return of the frozen decoders in {file['episodes']} episodes, seeds from 10000; standard error "
-    )
-    note += f"of success up to {error:.2f}. Std and entropy (nats, less that of eps): of one coordinate of w. "
+    note = f"Success and return of the frozen decoders in {file['episodes']} episodes, seeds from 10000; standard "
+    note += f"error of success up to {error:.2f}. Std and entropy (nats, less that of eps): of one coordinate of w. "
     note += f"{file['machine']}, {file['date']}."
     return "\n".join(["<!-- written by: python benchmark/widths.py -->", "", *lines, "", note, ""])
 
