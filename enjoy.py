@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66",
-#                 "imageio[ffmpeg]>=2.31", "pillow>=10.1"]
+# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4,<1.4.3", "mujoco>=3.2,<3.10",
+#   "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66", "matplotlib>=3.8", "imageio[ffmpeg]>=2.31", "pillow>=10.1"]
 # ///
 """Evaluates, films or exports a run of any script of this project, finished or still going on.
 

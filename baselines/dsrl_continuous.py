@@ -165,8 +165,11 @@ def parse_args(argv=None) -> Args:
         same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
         require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = LOWEST.get(name, 1e-99), 1 if name in ("gamma", "tau") else 1e99
+            low, high = LOWEST.get(name, 1 if type(value) is int else 1e-99), 1 if name in ("gamma", "tau") else 1e99
             require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
+    quiet = args.prior_steps + args.warmup_steps
+    late = f"--total-timesteps {args.total_timesteps}: steering starts only after {quiet} steps; give more"
+    require(quiet < args.total_timesteps, f"{late}, or lower --prior-steps or --warmup-steps")
     close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
     known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
     require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
@@ -355,6 +358,8 @@ def read_decoder(path: Path, args: Args):
     advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
     require(path.is_file(), f"--backbone {path}: no such file; {advice}")
     file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
+    plain = args.resume or "format" not in file or (args.normalization, args.activation) == ("", "relu")
+    require(plain, f"--backbone {path}: has its own normalization and activation; leave out those flags")
     with blame(f"{where}: {path} needs the normalization.npz that belongs to it"):
         stats = file["normalization"] if "format" in file else np.load(args.normalization, allow_pickle=False)
         keys = [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
@@ -693,7 +698,7 @@ if __name__ == "__main__":
     print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
           f"{card['checksum']}, frozen by its card: return {card.get('frozen_return', math.nan):.0f}, success "
           f"{card.get('frozen_success', math.nan):.2f}")  # fmt: skip
-    bar = tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
+    bar = tqdm(initial=loop["global_step"], total=args.total_timesteps, unit="step", disable=args.no_progress or None)
     stop = []  # signals received: they let the current step finish
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))

@@ -149,8 +149,12 @@ def parse_args(argv=None) -> Args:
         require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
-                low, high = LOWEST.get(name, 1e-99), 1 if name in ("gamma", "tau") else 1e99
+                low = LOWEST.get(name, 1 if type(number) is int else 1e-99)
+                high = 1 if name in ("gamma", "tau") else 1e99
                 require(low <= number <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
+    quiet = args.prior_steps + args.warmup_steps
+    late = f"--total-timesteps {args.total_timesteps}: steering starts only after {quiet} steps; give more"
+    require(quiet < args.total_timesteps, f"{late}, or lower --prior-steps or --warmup-steps")
     return args
 
 
@@ -821,7 +825,8 @@ if __name__ == "__main__":
             print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
     print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
     print(f"decoder: {decoder.config['kind']}, d {decoder.dim}, {card['path']}, sha256 {card['checksum']}", flush=True)
-    stop, bar = [], tqdm(total=args.total_timesteps, disable=args.no_progress or None, unit="step", dynamic_ncols=True)
+    stop = []
+    bar = tqdm(initial=loop["global_step"], total=args.total_timesteps, unit="step", disable=args.no_progress or None)
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current round of episodes finish
         signal.signal(number, lambda number, frame: stop.append(number))
     started, mark = time.time() - loop["wall_seconds"], (before, time.time())

@@ -305,7 +305,9 @@ def test_bad_input_gets_one_sentence(tiny_backbone, tmp_path):
         ),
         (["--env-id", "Hopper-v4", "--preset", "paper"], ["--preset paper: has no settings for Hopper-v4"]),
         (["--backbone", flow_file, "--env-id", "AdroitHandDoor-v1"], ["45 obs coordinates", "AdroitHandDoor-v1"]),
-        (["--backbone", flow_file, "--ode-steps", 0], ["--ode-steps 0", "must lie in"]),
+        (["--backbone", flow_file, "--activation", "mish"], [f"--backbone {flow_file}: has its own normalization"]),
+        (["--ode-steps", 0], ["--ode-steps 0: must lie in [1, "]),
+        (["--total-timesteps", 32_000], ["--total-timesteps 32000: steering starts only after 32000 steps"]),
         (["--ode-steps", 1001], ["--ode-steps 1001", "must lie in [1, 1000]"]),  # a run that --resume would refuse
         (["--env-id", "AdroitHandPenn-v1"], ["did you mean AdroitHandPen-v1"]),
         (["--noise-bound", -1.0], ["--noise-bound -1.0"]),

@@ -390,7 +390,7 @@ def test_a_signal_does_not_save_what_is_not_finite(inside, new, tmp_path, poison
         ("--alpha-init 0", ["--alpha-init 0", "--dual linear"]),
         ("--noise-bound -1", ["--noise-bound -1"]),
         ("--reward-scale 0", ["--reward-scale 0"]),
-        ("--num-envs 0", ["--num-envs 0"]),
+        ("--num-envs 0", ["--num-envs 0: must lie in [1, "]),
         ("--backbone nowhere.pt", ["--backbone nowhere.pt", "backbones/", "pretrain_backbone.py"]),
         ("--env-id Walker2d-v5", ["--backbone", "Hopper-diffusion.pt", "11 obs", "Walker2d-v5", "17"]),
         ("--env-id Hopper-v3", ["--env-id Hopper-v3"]),
