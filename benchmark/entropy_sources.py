@@ -12,7 +12,8 @@ less `entropy/action_frozen`) is then the sum of
     actions    what clipping actions to [-1, 1] adds to the estimate, compared with what it does to the frozen ones
 
 Clipping puts probability on the faces of a box, where the true entropy is -infinity: the last two are properties of the
-estimate. For flow decoders only, whose Phi keeps the dimension and has no clip inside.
+estimate. The sum is estimated from four times as many draws, too. For flow decoders only, whose Phi keeps the dimension
+and has no clip inside.
 
 python benchmark/entropy_sources.py runs/benchmark/adroit/*__*/*__*__*   # writes benchmark/results/entropy_sources.*
 python benchmark/entropy_sources.py --table                              # the table alone, from the .json
@@ -24,6 +25,7 @@ import os
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,21 +56,40 @@ def log_volume(decoder, obs, w):
 
 
 def unbounded(agent, obs, eps):
-    """w before LP-DS's bound, and H(w) - H(eps) in nats (a mean over the rows)."""
+    """w before LP-DS's bound (B, d), and (B,) terms in nats whose mean is H(w) - H(eps)."""
     if hasattr(agent, "perturbation"):
-        return eps + agent.perturbation(obs), 0.0
+        return eps + agent.perturbation(obs), torch.zeros(len(obs))
     w, log_prob = agent.squash(obs, eps)  # the density is that in [-1, 1]^d; the box of w is b times as wide
     d = w.shape[1]
     of_eps = 0.5 * (eps.square() + math.log(2 * math.pi)).sum(1)  # the same draws: most of the noise cancels
-    return w, float((-log_prob - of_eps).mean()) + d * math.log(agent.args.noise_bound)
+    return w, -log_prob - of_eps + d * math.log(agent.args.noise_bound)
+
+
+def estimates(agent, obs, draws: int, generator) -> dict:
+    """Change of the k-nearest-neighbour estimate at states obs (B, obs_dim), by what changes it, in nats (B,)."""
+    decoder, d = agent.decoder, agent.decoder.dim
+    many = obs.repeat_interleave(draws, 0)
+    eps = torch.randn(len(many), d, generator=generator)
+    w = unbounded(agent, many, eps)[0]
+    frozen, free, inside = (decoder.integrate(many, x) for x in (eps, w, agent.steer(many, eps)))
+
+    def entropy(x):
+        return torch.stack([knn_entropy(state[None])[0] for state in x.view(len(obs), draws, d)])
+
+    out = {"inside": entropy(free) - entropy(frozen), "bound": entropy(inside) - entropy(free)}
+    out["total"] = entropy(inside.clamp(-1, 1)) - entropy(frozen.clamp(-1, 1))
+    out["actions"] = out["total"] - out["inside"] - out["bound"]
+    shares = {"clipped_frozen": frozen, "clipped_steered": inside}
+    return out | {name: (x.abs() > 1).view(len(obs), -1).double().mean(1) for name, x in shares.items()}
 
 
 @torch.no_grad()
 def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> dict:
-    """The five parts at states obs (B, obs_dim), in nats.
+    """The five parts at states obs (B, obs_dim), in nats, and their standard errors over states, NAME_se.
 
     Determinants come from `exact` draws of eps per state, the same for frozen and steered. `random`: `decoder` for
-    shifts of the run's length in random directions (LP-DS); `folded`: share of determinants that are not positive.
+    shifts of the run's length in random directions (LP-DS); `folded`: share of determinants that are not positive;
+    `total`: the sum; `total_4x`: the sum, estimated from four times as many draws.
     """
     decoder, d, generator = agent.decoder, agent.decoder.dim, torch.Generator().manual_seed(seed)
     few = obs.repeat_interleave(exact, 0)
@@ -80,26 +101,16 @@ def take_apart(agent, obs, draws: int = 64, exact: int = 4, seed: int = 0) -> di
         shifts["random"] = random * (w - eps).norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
     here, sign = log_volume(decoder, few, eps)
     moved = {name: log_volume(decoder, few, eps + shift) for name, shift in shifts.items()}
-    change = {name: after - here for name, (after, _) in moved.items()}
-    out = {"noise": noise} | {name: value.mean().item() for name, value in change.items()}
+    change = {"noise": noise} | {name: after - here for name, (after, _) in moved.items()}
+    change = {name: value.view(len(obs), exact).mean(1) for name, value in change.items()}  # by state
+    change |= estimates(agent, obs, draws, generator)
+    change["estimator"] = change.pop("inside") - change["noise"] - change["decoder"]
+    change["total_4x"] = estimates(agent, obs, 4 * draws, generator)["total"]
+    out = {name: value.mean().item() for name, value in change.items()}
+    out |= {f"{name}_se": change[name].std().item() / len(obs) ** 0.5 for name in (*PARTS, "total", "total_4x")}
     out["folded"] = torch.stack([sign, moved["decoder"][1]]).le(0).double().mean().item()
-    out["decoder_se"] = change["decoder"].view(len(obs), exact).mean(1).std().item() / len(obs) ** 0.5  # over states
-
-    many = obs.repeat_interleave(draws, 0)
-    eps = torch.randn(len(many), d, generator=generator)
-    w = unbounded(agent, many, eps)[0]
-    bounded = agent.steer(many, eps)
-    entropy = lambda x: knn_entropy(x.view(len(obs), draws, d))[0].item()  # noqa: E731
-    frozen, free, inside = (decoder.integrate(many, x) for x in (eps, w, bounded))
-    out["estimator"] = entropy(free) - entropy(frozen) - out["noise"] - out["decoder"]
-    out["bound"] = entropy(inside) - entropy(free)
-    before, after = entropy(inside) - entropy(frozen), entropy(inside.clamp(-1, 1)) - entropy(frozen.clamp(-1, 1))
-    out |= {"actions": after - before, "total": after}
-    out |= {
-        f"clipped_{name}": (x.abs() > 1).double().mean().item() for name, x in (("frozen", frozen), ("steered", inside))
-    }
     if hasattr(agent, "perturbation"):
-        out["rms_shift"] = (w - eps).square().mean().sqrt().item()
+        out["rms_shift"] = agent.perturbation(obs).square().mean().sqrt().item()
     return out | {"states": len(obs)}
 
 
@@ -119,10 +130,10 @@ def load(run: Path):
 
 def markdown(file: dict) -> str:
     cells = {"run": lambda r: r["run"], "seed": lambda r: str(r["seed"])}
-    cells |= {part: lambda r, part=part: f"{r[part]:.1f}" for part in PARTS}
+    columns = {part: part for part in PARTS} | {"sum": "total", "sum, 4x": "total_4x"}
+    both = lambda r, key: f"{r[key]:.1f} ± {r[key + '_se']:.1f}" if r[f"{key}_se"] else f"{r[key]:.1f}"  # noqa: E731
+    cells |= {title: partial(both, key=key) for title, key in columns.items()}
     cells |= {
-        "decoder": lambda r: f"{r['decoder']:.1f} ± {r['decoder_se']:.1f}",
-        "sum": lambda r: f"{r['total']:.1f}",
         "random direction": lambda r: f"{r['random']:.1f}" if "random" in r else "-",
         "rms shift": lambda r: f"{r['rms_shift']:.2f}" if "rms_shift" in r else "-",
         "actions clipped": lambda r: f"{r['clipped_frozen']:.0%} → {r['clipped_steered']:.0%}",
@@ -131,7 +142,8 @@ def markdown(file: dict) -> str:
     rows = [[*cells], ["---"] + ["---:"] * (len(cells) - 1)]
     rows += [[cell(r) for cell in cells.values()] for r in file["runs"]]
     note = (f"Nats per action chunk, steered less frozen, at {file['states']} states of each run's replay; ±: standard "
-            "error over states. Random direction: `decoder` for shifts as long as the run's, in directions drawn anew. "
+            "error over states. Sum, 4x: estimated from four times as many draws. "
+            "Random direction: `decoder` for shifts as long as the run's, in directions drawn anew. "
             "Rms shift: per coordinate of w. Folded: share of determinants that are not positive. "
             f"{file['machine']}, {file['date']}.")  # fmt: skip
     lines = ["<!-- written by: python benchmark/entropy_sources.py -->", ""]

@@ -232,7 +232,7 @@ def run_table(runs: list, envs: list) -> list:
             played = episodes(of[0], fresh)[1]
             one = f" ± {played.std(ddof=1):.0f}" if len(played) > 1 else ""
             spread = bracket(interval(iqm, final), ".0f") if bold else one
-            success = " → ".join(number(x, ".2f") for x in finals(of, fresh, "success").mean(1))
+            success = " → ".join(number(x, ".3f") for x in finals(of, fresh, "success").mean(1))
             kind = f"{len(played)} {'fresh' if fresh else 'last 3'}" if len(played) else "–"
             means = [number(np.mean([r["means"][k] for r in of]), form) for k, (_, form) in MEANS.items()]
             rows.append([bold + env + bold, bold + arm + bold, " ".join(str(r["seed"]) for r in of),
@@ -261,14 +261,14 @@ def comparison(runs: list, envs: list) -> list:
             mean, half = frozen_level(of, fresh)
             n, spread = episodes(of[0], fresh)[0].size, bracket((mean - half, mean + half), ".0f")
             kind, success = f"{n} {'fresh' if fresh else 'at step 0'}", frozen_level(of, fresh, "success")[0]
-            rows.append([env, name, "–", kind, f"{success:.2f}", f"{mean:.0f}{spread}", "1", "–"])
+            rows.append([env, name, "–", kind, f"{success:.3f}", f"{mean:.0f}{spread}", "1", "–"])
         for name, of in arms.items():
             frozen, final[name, env] = finals(of, fresh)
             ratio[name, env] = final[name, env] / np.where(frozen > 0, frozen, np.nan)
         for name, of in arms.items():
             kind = f"{episodes(of[0], fresh)[1].size} {'fresh' if fresh else 'last 3'}"
             rows.append([env, name, " ".join(str(r["seed"]) for r in of), kind,
-                         over([finals(of, fresh, "success")[1]], ".2f"), over([final[name, env]], ".0f"),
+                         over([finals(of, fresh, "success")[1]], ".3f"), over([final[name, env]], ".0f"),
                          over([ratio[name, env]], ".2f"), against(final, ours, name, [env])])  # fmt: skip
     for name in names if len(envs) > 1 else []:
         if all((name, env) in final for env in envs):

@@ -156,15 +156,15 @@ def test_cells_of_the_run_table(bench, tables_only):
     rows = {(*row[:2], row[2]): row[3:] for row in runs[1:]}
     # Last third of 150,000 steps: from 100,000 on. Standard deviation of 1050 1150 1450 1550 1250 1350: 187
     late, end = ["1.20", "0.0123", "-0.38", "0.62"], ["2", "A", "2026-11-21"]
-    first = ["150,000", "200", "1300 ± 187", "6 last 3", "1500", "0.00 → 1.00"]
+    first = ["150,000", "200", "1300 ± 187", "6 last 3", "1500", "0.000 → 1.000"]
     assert rows["Hopper-v4", "LP-DS", "1"] == [*first, *late, *end]
-    bold = ["150,000", "200", "1600 [1300, 2100]", "6 last 3", "1800", "0.00 → 1.00"]
+    bold = ["150,000", "200", "1600 [1300, 2100]", "6 last 3", "1800", "0.000 → 1.000"]
     assert rows["**Hopper-v4**", "**LP-DS**", "1 2 3"] == [*bold, *late, *end]
-    unfinished = ["99,000 (unfinished)", "200", "350 ± 82", "4 last 3", "400", "0.00 → 0.00", "–", "–", "–", "–"]
+    unfinished = ["99,000 (unfinished)", "200", "350 ± 82", "4 last 3", "400", "0.000 → 0.000", "–", "–", "–", "–"]
     assert rows["Hopper-v4", "DSRL", "1"] == [*unfinished, "2", "B", "2026-11-20"]
-    assert rows["Hopper-v4", "DSRL", "2"][:6] == ["0 (unfinished)", "200", "–", "–", "–", "0.00 → –"]
+    assert rows["Hopper-v4", "DSRL", "2"][:6] == ["0 (unfinished)", "200", "–", "–", "–", "0.000 → –"]
     # Fresh episodes, where there are any; LP-DS-A has no use for its latent critic
-    first = ["150,000", "1000", "1300 ± 141", "2 fresh", "900", "0.50 → 1.00"]
+    first = ["150,000", "1000", "1300 ± 141", "2 fresh", "900", "0.500 → 1.000"]
     assert rows["Walker2d-v4", "LP-DS", "4"] == [*first, *late[:3], "–", "7", *end[1:]]
     assert len(rows) == 7
     text = (bench.results / "cpu.md").read_text()
@@ -190,16 +190,16 @@ def test_comparison_of_frozen_and_steered_policies(bench, tables_only):
     every = [[plot.improvement(np.array(x), np.array(y)) for x in itertools.product([4, 6, 8], repeat=3)]
              for y in itertools.product([2, 4, 3], repeat=3)]  # fmt: skip
     low, high = np.percentile(every, [2.5, 97.5])
-    none = "0.00 [0.00, 0.00]"
+    none = "0.000 [0.000, 0.000]"
     wins, half = f"0.94 [{low:.2f}, {high:.2f}]", 1.96 * np.std([150, 250], ddof=1) / 2**0.5
     assert rows == [
-        ["Walker2d-v4", "frozen", "–", "2 fresh", "0.00", f"200 [{200 - half:.0f}, {200 + half:.0f}]", "1", "–"],
+        ["Walker2d-v4", "frozen", "–", "2 fresh", "0.000", f"200 [{200 - half:.0f}, {200 + half:.0f}]", "1", "–"],
         ["Walker2d-v4", "DSRL", "1 2 3", "2 fresh", none, "250 [200, 300]", "1.25 [1.00, 1.50]", wins],
         ["Walker2d-v4", "LP-DS", "1 2 3", "2 fresh", none, "400 [300, 500]", "2.00 [1.50, 2.50]", "–"],
-        ["Hopper-v4", "frozen", "–", "2 at step 0", "0.00", f"100 [{100 - half:.0f}, {100 + half:.0f}]", "1", "–"],
+        ["Hopper-v4", "frozen", "–", "2 at step 0", "0.000", f"100 [{100 - half:.0f}, {100 + half:.0f}]", "1", "–"],
         ["Hopper-v4", "DSRL", "1 2 3", "4 last 3", none, "300 [200, 400]", "3.00 [2.00, 4.00]", wins],
-        ["Hopper-v4", "LP-DS", "1 2 3", "4 last 3", "0.67 [0.00, 1.00]", "600 [400, 800]", "6.00 [4.00, 8.00]", "–"],
-        ["Hopper-v4", "DSRL raw", "1", "4 last 3", "0.00", "50", "0.50", "–"],
+        ["Hopper-v4", "LP-DS", "1 2 3", "4 last 3", "0.667 [0.000, 1.000]", "600 [400, 800]", "6.00 [4.00, 8.00]", "–"],
+        ["Hopper-v4", "DSRL raw", "1", "4 last 3", "0.000", "50", "0.50", "–"],
         ["**all**", "**DSRL**", "–", "–", "–", "–", rows[7][6], rows[7][7]],
         ["**all**", "**LP-DS**", "–", "–", "–", "–", rows[8][6], "–"],
     ]

@@ -58,6 +58,21 @@ def test_a_shift_through_a_linear_flow_costs_nothing_and_the_parts_add_up():
     assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-9
 
 
+def test_what_does_not_steer_loses_nothing_and_what_is_clipped_away_is_lost_in_the_actions():
+    shift = torch.zeros(3)
+    agent = SimpleNamespace(decoder=flow("euler", 3, 1, lambda x, obs: 0 * x), steer=lambda obs, eps: eps + shift)
+    agent.perturbation = lambda obs: shift.expand(len(obs), 3)
+    found = sources.take_apart(agent, torch.zeros(20, 1))
+    assert found["clipped_frozen"] == found["clipped_steered"] > 0.2
+    assert all(found[name] == 0 for name in (*sources.PARTS, "total", "total_4x"))
+    shift += 100  # every action is 1: all distances are 0, and each draw counts 3 log eps less the frozen mean
+    eps = torch.randn(600, 64, 3).clamp(-1, 1)
+    frozen = sources.knn_entropy(eps)[0].item()
+    alone = sources.knn_entropy(torch.ones(1, 64, 3))[0].item()
+    found = sources.take_apart(agent, torch.zeros(200, 1))
+    assert abs(found["total"] - (alone - frozen)) < 0.1 and abs(found["actions"] - found["total"]) < 1e-3
+
+
 def test_the_volume_of_a_curved_flow_by_hand():
     """dx/dt = x^2 / 2 in every coordinate: a step multiplies the volume by 1 + x / n; beyond -n it folds."""
     curved = flow("euler", 2, 2, lambda x, obs: x.square() / 2)
@@ -97,7 +112,28 @@ def test_the_noise_of_dsrl_loses_what_integration_says():
         return -p * math.log(p) if p > 0 else 0.0
 
     of_w = scipy.integrate.quad(integrand, -b + 1e-9, b - 1e-9, limit=500)[0]
-    assert abs(lost - 2 * (of_w - 0.5 * math.log(2 * math.pi * math.e))) < 0.02
+    assert abs(lost.mean() - 2 * (of_w - 0.5 * math.log(2 * math.pi * math.e))) < 0.02
+
+
+def test_more_draws_find_what_integration_says_too():
+    """The squashed Gaussian above, a fifth as large so that nothing is clipped: all is lost in the noise."""
+    mu, sigma, b = 0.4, 0.3, 2.5
+    agent = SimpleNamespace(args=SimpleNamespace(noise_bound=b), decoder=flow("euler", 2, 1, lambda x, obs: -0.8 * x))
+    agent.actor = lambda obs: torch.tensor([mu, mu, math.log(sigma), math.log(sigma)]).expand(len(obs), 4)
+    agent.squash = lambda obs, eps: sources.dsrl_adroit_flow.Agent.squash(agent, obs, eps)
+    agent.steer = lambda obs, eps: agent.squash(obs, eps)[0]
+    found = sources.take_apart(agent, torch.zeros(200, 1), exact=16)
+
+    def term(u):  # of the entropy of b tanh(u), u ~ N(mu, sigma^2), less that of N(0, 1)
+        p = math.exp(-0.5 * ((u - mu) / sigma) ** 2) / sigma / math.sqrt(2 * math.pi)
+        return p * (math.log(b * (1 - math.tanh(u) ** 2)) + math.log(sigma))
+
+    known = 2 * scipy.integrate.quad(term, mu - 8 * sigma, mu + 8 * sigma)[0]
+    assert abs(found["noise"] - known) < 5 * found["noise_se"] < 0.1
+    for name in ("total", "total_4x"):  # the estimator's own eps, 1e-3, hides some of what lies that close together
+        assert abs(found[name] - known) < 0.08 and found[f"{name}_se"] < 0.01, name
+    assert found["total_4x_se"] < 0.7 * found["total_se"] and abs(found["decoder"]) < 1e-6
+    assert found["bound"] == found["actions"] == found["clipped_steered"] == 0
 
 
 @pytest.mark.parametrize("script", ["lpds_adroit_flow.py", "baselines/dsrl_adroit_flow.py"])
@@ -122,7 +158,7 @@ def test_real_runs_are_taken_apart(script, tmp_path):
     (found,) = json.loads(out.read_text())["runs"]
     assert abs(sum(found[part] for part in sources.PARTS) - found["total"]) < 1e-6
     assert (found["noise"] == 0) == ("rms_shift" in found) == script.startswith("lpds")
-    assert f"| {found['total']:.1f} |" in out.with_suffix(".md").read_text()
+    assert f"| {found['total']:.1f} ± {found['total_se']:.1f} |" in out.with_suffix(".md").read_text()
     _, _, agent, obs = sources.load(run)
     noise = torch.randn(len(obs), agent.decoder.dim)
     assert torch.equal(agent.decoder.integrate(obs, noise).clamp(-1, 1), agent.decoder(obs, noise))
