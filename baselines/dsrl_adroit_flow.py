@@ -1,869 +1,541 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4,<1.4.3", "mujoco>=3.2,<3.10",
-#   "numpy>=1.26", "tyro>=0.9", "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
+# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco<3.10", "tyro>=0.9", "wandb",
+#   "gymnasium-robotics>=1.4,<1.4.3"]
 # ///
-"""DSRL (diffusion steering via reinforcement learning) on Adroit, a hand of 24 joints: pen, hammer, door, relocate.
+"""DSRL (diffusion steering via reinforcement learning) on the Adroit hands, with a flow decoder.
 
-Forked from lpds_adroit_flow.py: decoder, critics, update ratio, evaluation and run folder are those of LP-DS. What is
-learned is another distribution of the input noise, a squashed Gaussian in a box, kept wide by an entropy bonus at
-temperature alpha; nothing ties it to the prior N(0, I) that the decoder was trained on:
+A fork of lpds_adroit_flow.py: decoder, critics, updates of them, run folder are LP-DS's. Learned is
+another distribution of the input noise, a squashed Gaussian in a box, kept wide by an entropy
+bonus; nothing ties it to the prior N(0, I) that the decoder was trained on:
 
-    w = b tanh(mu_theta(s) + sigma_theta(s) eps),  eps ~ N(0, I)        max_theta  E[Q^W(s, w) - alpha log pi(w | s)]
+    w = b tanh(mu_theta(s) + sigma_theta(s) eps)     max_theta E[Q^W(s, w) - alpha log pi(w | s)]
 
     python baselines/dsrl_adroit_flow.py --env-id AdroitHandPen-v1
     python baselines/dsrl_adroit_flow.py --resume runs/RUN_FOLDER
-    python enjoy.py runs/RUN_FOLDER --video pen.mp4
+    python enjoy.py runs/RUN_FOLDER --temperature 1 0
 
-The run folder gets metrics.csv, eval.npz, checkpoint.pt, best.pt and curves.png. What to expect, and where this departs
-from LP-DS and from DSRL's released code (arXiv 2506.15799): docs/baselines.md. It takes entropy.py from one folder up.
+At temperature 0 enjoy.py plays the mean action. Source: Wagenmaker et al. 2025, arXiv 2506.15799.
+Results and departures: docs/baselines.md. It takes entropy.py and backbones/ from one folder up.
 """
 
-import difflib
-import hashlib
 import json
 import math
-import os
-import shlex
-import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from matplotlib.figure import Figure
-from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
+from entropy import knn_entropy  # noqa: E402
 
 try:
     import gymnasium_robotics
-except ImportError as error:
-    print(f"{Path(__file__).name}: error: needs pip install -r requirements/adroit.txt ({error})", file=sys.stderr)
-    raise SystemExit(2) from None
+except ImportError:
+    sys.exit("error: gymnasium-robotics is missing: pip install -r requirements/adroit.txt")
+gym.register_envs(gymnasium_robotics)
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py and backbones/ lie one folder up
-from entropy import knn_entropy  # noqa: E402
+# In place of the defaults of Args: the decoder
+DEFAULTS = {}
+for task in ("Pen", "Hammer", "Door", "Relocate"):
+    values = dict(backbone=f"adroit-{task.lower()}-flow.pt")
+    DEFAULTS |= {f"AdroitHand{task}": values, f"AdroitHand{task}Sparse": values}
 
 
 @dataclass
 class Args:
-    # DSRL
     env_id: str = "AdroitHandPen-v1"
-    """AdroitHandPen-v1 or AdroitHandPenSparse-v1, likewise Hammer, Door, Relocate; others need --backbone"""
-    preset: Literal["default", "paper"] = "default"
-    """default: for a small machine, 160,000 steps on these tasks; paper: the printed configuration, 1,000,000 steps"""
-    variant: Literal["na", "sac"] = "na"
-    """na: Q^A on actions, distilled into Q^W on noise; sac: one critic on noise, learned by TD, no distillation"""
-    noise_bound: float = 2.5
-    """b, half the side of the box of w (table 3); 1.0 is what the released code does in its na variant"""
-    alpha_init: float = 1.0
-    """first temperature, in unscaled reward per nat"""
-    target_entropy: float = 0.0
-    """entropy that the temperature holds, in nats over the box [-1, 1]^d (before scaling); at most d log 2"""
-    # Decoder
-    ode_steps: int = 10
-    """steps of the flow's ODE, in place of the number in the decoder's file; decoding costs in proportion to it"""
-    ode_solver: Literal["euler", "heun"] = "euler"
-    """euler, or heun, of second order: two evaluations of the velocity a step"""
-    # --- shared: settings ---
-    # Critics and update ratio
-    hidden_size: int = 256
-    """width of the policy and of the critics"""
-    num_layers: int = 3
-    """hidden layers of each"""
-    lr: float = 3e-4
-    """Adam's learning rate, all networks"""
-    batch_size: int = 256
-    """action chunks per gradient step"""
-    gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step"""
-    tau: float = 0.005
-    """Polyak step of the target critic, once per gradient step"""
-    train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
-    utd: int = 20
-    """updates of Q^A, policy and alpha per train call"""
-    distill_steps: int = 10
-    """updates of Q^W per train call"""
-    reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto brings Q to order 1 to 10; reported returns are never scaled"""
-    # Environment and budget, in primitive environment steps
+    """AdroitHandPen-v1 or AdroitHandPenSparse-v1, likewise Hammer, Door and Relocate"""
     backbone: str = ""
-    """decoder file, ours or an unmodified DPPO / DSRL state_*.pt; empty: the one in backbones/ for this environment"""
-    normalization: str = ""
-    """normalization.npz of a DPPO / DSRL checkpoint; our decoders carry theirs"""
-    activation: Literal["relu", "mish"] = "relu"
-    """activation of a DPPO / DSRL checkpoint: relu on Gym, mish on robomimic; the file does not say"""
-    total_timesteps: int = 100_000
-    """length of the run, prior roll-outs included"""
-    num_envs: int = 4
-    """environments stepped together"""
-    prior_steps: int = 8_000
-    """steps of the unsteered policy before any training"""
-    warmup_steps: int = 8_000
-    """steps after those in which only the critics learn, as the policy would follow what they make up at first"""
+    """decoder file, or the name of one in backbones/"""
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:1"""
-    # Evaluation and logging
-    eval_every: int = 10_000
-    """steps between evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 20
-    """episodes of an evaluation, always on the same seeds"""
-    log_every: int = 2_000
-    """steps between rows of metrics.csv"""
+    total_timesteps: int = 160_000
+    """length of the run, in primitive environment steps like every number of steps below"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda or cuda:1"""
     track: bool = False
-    """log to Weights & Biases too; set WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE as usual"""
-    no_progress: bool = False
-    """no progress bar"""
-    # Run folder
+    """log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE work as usual"""
     exp_name: str = Path(__file__).stem
     """part of the run folder's name"""
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """run folder to continue from its checkpoint, exactly"""
+    """run folder to continue from its last evaluation; exact on a CPU"""
+    noise_bound: float = 2.5
+    """b, half the side of the box of w (table 3); 1.5 does better on three of the hands"""
+    alpha_init: float = 1.0
+    """first temperature, in unscaled reward per nat"""
+    target_entropy: float = 0.0
+    """entropy that alpha holds, in nats over the box [-1, 1]^d before scaling; at most d log 2"""
+
+    hidden_size: int = 256
+    """width of the three hidden layers of policy and critics"""
+    lr: float = 3e-4
+    """Adam's learning rate, all networks"""
+    batch_size: int = 256
+    """action chunks per gradient step"""
+    gamma: float = 0.99
+    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    tau: float = 0.005
+    """Polyak step of the target critic, once per gradient step"""
+    num_envs: int = 16
+    """environments stepped together"""
+    train_freq: int = 1
+    """vector steps (num_envs chunks each) between train calls"""
+    utd: int = 10
+    """updates of Q^A, policy and alpha per train call"""
+    distill_steps: int = 10
+    """updates of Q^W per train call"""
+    prior_steps: int = 16_000
+    """steps of the unsteered policy before any training"""
+    warmup_steps: int = 16_000
+    """steps after those in which only the critics learn; at first they make values up"""
+    reward_scale: float | Literal["auto"] = "auto"
+    """factor on rewards inside the critics; auto brings Q to order 1 to 10"""
+    eval_every: int = 16_000
+    """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
+    eval_episodes: int = 50
+    """episodes of an evaluation, the same ones every time"""
+    log_every: int = 4_000
+    """steps between rows of metrics.csv"""
 
 
-# --- end shared: settings ---
-
-
-# What a preset fills in where the user set nothing: all as in lpds_adroit_flow.py.
-TASKS = [f"AdroitHand{task}{reward}" for task in ("Pen", "Hammer", "Door", "Relocate") for reward in ("", "Sparse")]
-PRINTED = dict.fromkeys(TASKS, dict(utd=10, distill_steps=10, prior_steps=2_000, train_freq=1))
-# These win over the defaults above, on the hands. differs from the paper: 2,000 prior steps are ten episodes, too few
-# to scale rewards by. Train calls take most of the time; with 16 environments they come after four times the steps
-MORE = dict(num_envs=16, prior_steps=16_000, warmup_steps=16_000, total_timesteps=160_000)
-MORE |= dict(eval_every=16_000, eval_episodes=50, log_every=4_000)
-OURS = {name: values | MORE for name, values in PRINTED.items()}
-PAPER = dict(reward_scale=1.0, warmup_steps=0, total_timesteps=1_000_000, eval_every=50_000, eval_episodes=100)
-LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps distill_steps seed".split(), 0)  # others: above 0
-LOWEST |= dict(target_entropy=-1e99)
-BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
-KNOWN_ENVS = [f"{name}-v1" for name in PRINTED]
-gym.register_envs(gymnasium_robotics)
-
-
-# --- shared: command line ---
-PRESETS = {"default": OURS, "paper": {name: PAPER | values for name, values in PRINTED.items()}}
-# What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
-FREE = ("total_timesteps", "eval_every", "log_every", "track", "no_progress", "resume")
-
-
-def parse_args(argv=None) -> Args:
-    """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    asked = [flag for flag in argv if flag not in ("-h", "--help")]  # help comes below, with the preset's values
-    args = tyro.cli(Args, args=asked, description=__doc__)
-    name = args.env_id.rsplit("-v", 1)[0]
-    unknown = f"--preset {args.preset}: has no settings for {args.env_id}; leave it out"
-    require(args.preset == "default" or name in PRESETS[args.preset], unknown)
-    base = Args(**PRESETS[args.preset].get(name, {}))
-    if args.resume:
-        with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
-            base = Args(**json.loads(Path(args.resume, "args.json").read_text()))
-    args = tyro.cli(Args, args=argv, default=base, description=__doc__)
-    for name, value in asdict(args).items():
-        flag, was = f"--{name.replace('_', '-')} {value}", getattr(base, name)
-        same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
-        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = LOWEST.get(name, 1 if type(value) is int else 1e-99), 1 if name in ("gamma", "tau") else 1e99
-            require(low <= value <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
-    quiet = args.prior_steps + args.warmup_steps
-    late = f"--total-timesteps {args.total_timesteps}: steering starts only after {quiet} steps; give more"
-    require(quiet < args.total_timesteps, f"{late}, or lower --prior-steps or --warmup-steps")
-    close = difflib.get_close_matches(args.env_id, [*KNOWN_ENVS, *gym.registry], 1, 0)[0]
-    known = f"unknown, did you mean {close}? This script knows {', '.join(KNOWN_ENVS)}"
-    require(args.env_id in gym.registry, f"--env-id {args.env_id}: {known}")
-    return args
-
-
-# --- end shared: command line ---
-# --- shared: errors ---
 def require(condition, message: str) -> None:
-    """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
+    """Ends the program with one sentence in place of a traceback, for mistakes easily made."""
     if not condition:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
-@contextmanager
-def blame(message: str):
-    """Whatever fails inside ends the program with `message` and the reason, in one sentence."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+def parse_args() -> Args:
+    """Flags win over the run to resume or DEFAULTS, those over Args; --help shows what holds."""
+    args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
+    base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
+    if args.resume:
+        run = Path(args.resume)
+        require((run / "checkpoint.pt").is_file(), f"--resume {run}: has no checkpoint.pt")
+        stored = json.loads((run / "args.json").read_text())
+        require(stored.keys() == asdict(args).keys(), f"--resume {run}: is of another script")
+        base = Args(**stored)
+    args = tyro.cli(Args, default=base, description=f"{__doc__}\nDefaults for {base.env_id}:")
+
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        free = not args.resume or name in ("resume", "total_timesteps")
+        require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
+        positive = type(value) in (int, float) and name not in (
+            "seed",
+            "warmup_steps",
+            "target_entropy",
+        )
+        require(not positive or value > 0, f"{flag}: must be above 0")
+    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
+    known = f"{', '.join(DEFAULTS)} have a decoder; make one with pretrain_backbone.py"
+    require(args.backbone, f"--env-id {args.env_id}: {known}, give it as --backbone")
+    least = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
+    enough = args.total_timesteps >= least
+    require(enough, f"--total-timesteps {args.total_timesteps}: steers nothing new, give {least}")
+    return args
 
 
-def read_tensors(path: Path, flag: str) -> dict:
-    """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
-    with blame(f"{flag} {path}: no file of plain tensors, nothing in it was run"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-# --- end shared: errors ---
-# --- shared: environment ---
 class ActionChunk(gym.Wrapper):
-    """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
+    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
 
-    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
-    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
-    """
-
-    def __init__(self, env, chunk: int, normalization: dict):
+    def __init__(self, env, chunk: int):
         super().__init__(env)
-        self.chunk, self.successes = chunk, []  # step by step
-        self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
-
-    def normalize(self, obs):  # (obs_dim,)
-        low, high = self.stats["obs_min"], self.stats["obs_max"]
-        return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
 
     def reset(self, **kwargs):
-        self.successes = []
-        obs, info = self.env.reset(**kwargs)
-        return self.normalize(obs), info
+        self.success = False
+        return self.env.reset(**kwargs)
 
-    def step(self, action):  # (chunk * A,)
-        low, high, box = self.stats["action_min"], self.stats["action_max"], self.env.action_space
-        total, steps = 0.0, 0
-        for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
-            obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
-            total, steps = total + reward, steps + 1
-            # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            flag = info.get("success", info.get("is_success"))
-            self.successes.append(bool(truncated and not terminated if flag is None else flag))
-            if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
-                break
-        if not (terminated or truncated):
-            info = {}  # of a single step: it would say nothing about the chunk
-        elif flag is not None:
-            share = float(np.mean(self.successes))
-            info = info | {"success_end": self.successes[-1], "success_share": share}
-        info = info | {"steps": steps, "success": any(self.successes)}
-        return self.normalize(obs), total, terminated, truncated, info
+    def step(self, chunk):  # (d,)
+        total, self.steps = 0.0, 0  # steps: how many of the chunk were executed
+        for action in chunk.reshape(-1, *self.env.action_space.shape):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total, self.steps = total + reward, self.steps + 1
+            self.success |= bool(info["success"])  # in any step of the episode
+            if terminated or truncated:
+                break  # differs from DSRL: its wrapper steps on and adds up the rewards
+
+        finite = np.isfinite(total) and np.isfinite(obs).all()
+        step = f"step {self.get_wrapper_attr('episode_lengths')} of an episode"
+        require(finite, f"--env-id {self.unwrapped.spec.id}: not finite in {step}, nothing is kept")
+        return obs, total, terminated, truncated, info | {"success": self.success}
 
 
-def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
-    """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
-    return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
+def make_env(env_id: str, file: dict, **kwargs):
+    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
+    keys = ("obs_min", "obs_max", "action_min", "action_max")
+    obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
+    fits = env.observation_space.shape == obs_min.shape and env.action_space.shape == low.shape
+    sizes = f"{len(obs_min)} observations and {len(low)} actions"
+    require(fits, f"--backbone: is for {sizes}, {env_id} has others; give one made for it")
+
+    # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
+    env = gym.wrappers.ClipAction(env)
+    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+
+    def normalize(obs):
+        return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
+
+    space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
+    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
 
 
-# --- end shared: environment ---
-# --- shared: environment state ---
-def env_state(env, state: dict | None = None) -> dict:
-    """All that the next step depends on: physics and warm start, counters, generator; puts `state` back if given."""
-    mj, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
-    counters = ("successes", "_elapsed_steps", "episode_returns", "episode_lengths")
-    # Some environments draw a task at reset by moving parts of the model
-    moved = {name: getattr(mj.model, name) for name in ("body_pos", "body_quat", "site_pos")}
-    if state:
-        for name, array in moved.items():
-            array[:] = state[name].numpy()
-        vars(mj).update(state["numbers"])
-        for _ in range(2):  # forward fills in the body positions that rewards read, but spoils the warm start
-            mujoco.mj_forward(mj.model, mj.data)
-            mujoco.mj_setState(mj.model, mj.data, state["physics"].numpy(), spec)
-        mj.np_random.bit_generator.state = json.loads(state["generator"])
-        for name in counters:
-            env.set_wrapper_attr(name, state[name])
-    physics = np.empty(mujoco.mj_stateSize(mj.model, spec))
-    mujoco.mj_getState(mj.model, mj.data, physics, spec)
-    now = {name: np.asarray(env.get_wrapper_attr(name)).tolist() for name in counters}
-    now |= {name: torch.from_numpy(array.copy()) for name, array in moved.items()}
-    now |= {"numbers": {name: float(value) for name, value in vars(mj).items() if isinstance(value, float)}}
-    return {"physics": torch.from_numpy(physics), "generator": json.dumps(mj.np_random.bit_generator.state), **now}
-
-
-# --- end shared: environment state ---
-# The next block is that of every script; what counts here are its network and its velocity. Diffusion decoders are
-# refused, and FlowDecoder below replaces freeze and forward.
-# --- shared: decoder ---
 class Decoder(nn.Module):
-    """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
+    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's DiffusionMLP under DPPO's names: [x, time embedding, obs] through a linear layer, pre-activation residual
-    blocks and a linear head. It predicts noise (diffusion: DDIM with eta 0) or velocity (flow: Euler steps).
+    An ODE, dx/dt = v(x, t; obs), in equal steps of Euler or Heun; v is DPPO's residual MLP.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, file: dict):
         super().__init__()
-        self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
-        self.activation = {"relu": torch.relu, "mish": nn.functional.mish}[config["activation"]]
-        t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
-        self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
-        cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
-        blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
-        layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
-        self.cond_mlp, self.mlp_mean = nn.ModuleDict(), nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.cond_mlp["moduleList"] = nn.ModuleList(cond)
+        self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
+        self.solver = file["solver"]
+        self.steps = len(file["time_emb"]) - (self.solver == "heun")  # it needs both ends of each
+        activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
+        width, time_dim = file["width"], file["time_emb"].shape[1]
+        self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(file["num_blocks"]):
+            layers = activation(), nn.Linear(width, width), activation(), nn.Linear(width, width)
+            self.blocks.append(nn.Sequential(*layers))
+        self.head = nn.Linear(width, self.dim)
+        self.load_state_dict(file["model"])
+        self.requires_grad_(False)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
 
-    def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
-        half = self.config["time_dim"] // 2
-        angle = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
-        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1).float())
-
-    def network(self, x, time_emb, obs):  # -> noise or velocity (B, Ta*A)
-        for i, layer in enumerate(self.cond_mlp["moduleList"]):
-            obs = layer["linear_1"](self.activation(obs) if i else obs)
-        first, *blocks, head = self.mlp_mean["layers"]
-        h = first(torch.cat([x, time_emb, obs], -1))
-        for block in blocks:
-            h = h + block["l2"](self.activation(block["l1"](self.activation(h))))
-        return head(h)
-
-    @staticmethod
-    def alpha_bar(steps: int):  # DPPO's cosine schedule (steps,); its grid ends at steps + 1, which is kept on purpose
-        f = np.cos((np.linspace(0, steps + 1, steps + 1) / (steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))
-
-    def freeze(self):
-        """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
-        kind, train, sample = (self.config[key] for key in ("kind", "train_steps", "sample_steps"))
-        times = np.arange(sample) * train / sample  # flow: from noise to action
-        if kind == "diffusion":
-            times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
-            now = self.alpha_bar(train)[times]
-            after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.schedule = np.stack([now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5], 1).tolist()
-        first = next(self.requires_grad_(False).parameters())
-        self.times = self.embed_time(torch.tensor(times.copy(), dtype=first.dtype, device=first.device))
-        return self
+    def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
+        h = self.first(torch.cat([x, self.time_emb[i].expand(len(x), -1), obs], -1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
 
     def forward(self, obs, noise):
         x = noise
-        for i, time_emb in enumerate(self.times):
-            prediction = self.network(x, time_emb.expand(x.shape[0], -1), obs)
-            if self.config["kind"] == "flow":
-                x = x + prediction / len(self.times)
-            else:
-                a, b, a_next, b_next = self.schedule[i]
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and then
-                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that goes with what was clipped
+        for i in range(self.steps):
+            slope = self.velocity(i, x, obs)
+            if self.solver == "heun":  # the mean of the slopes here and where Euler's step leads
+                slope = (slope + self.velocity(i + 1, x + slope / self.steps, obs)) / 2
+            x = x + slope / self.steps
         return x.clamp(-1, 1)
 
 
-# --- end shared: decoder ---
-# --- shared: flow decoder ---
-class FlowDecoder(Decoder):
-    """Phi as an ODE: dx/dt = v(x, t; obs) from the noise w at t = 0 to the action chunk at t = 1, in equal steps."""
-
-    def __init__(self, config: dict, solver: str):
-        super().__init__(config)
-        self.solver = solver
-
-    def freeze(self):
-        super().freeze()
-        n, scale = self.config["sample_steps"], self.config["train_steps"]  # time embeddings count to scale at t = 1
-        times = torch.arange(n + 1, dtype=self.times.dtype, device=self.times.device) * scale / n
-        self.times = self.embed_time(times)  # (n + 1, time_dim): Heun's method needs both ends of a step
-        return self
-
-    def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
-        return self.network(x, self.times[i].expand(x.shape[0], -1), obs)
-
-    def integrate(self, obs, x):  # Phi before the result is clipped: smooth, and invertible while steps are small
-        n = len(self.times) - 1
-        for i in range(n):
-            slope = self.velocity(i, x, obs)
-            if self.solver == "heun":  # the mean of the slopes here and where Euler's step leads
-                slope = (slope + self.velocity(i + 1, x + slope / n, obs)) / 2
-            x = x + slope / n
-        return x
-
-    def forward(self, obs, noise):
-        return self.integrate(obs, noise).clamp(-1, 1)
+def mlp(n_in: int, n_out: int, width: int):
+    """[Linear, LayerNorm, Tanh] x 3 and a linear head, as DSRL's actor and critics."""
+    layers = []
+    for n in (n_in, width, width):
+        layers += [nn.Linear(n, width), nn.LayerNorm(width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, n_out))
 
 
-def load_decoder(args: Args):
-    """(frozen decoder on the CPU, normalization, card): the run's own, that of --backbone, or the committed one."""
-    advice = f"pretrain_backbone.py --kind flow makes one for --backbone, or take one of {', '.join(KNOWN_ENVS)}"
-    require(args.backbone or args.resume or args.env_id in KNOWN_ENVS, f"--env-id {args.env_id}: no decoder; {advice}")
-    require(args.ode_steps <= 1000, f"--ode-steps {args.ode_steps}: must lie in [1, 1000]; 10 is usual")
-    task = args.env_id.removeprefix("AdroitHand").rsplit("-v", 1)[0].removesuffix("Sparse").lower()
-    path = Path(args.backbone or BACKBONES / f"adroit-{task}-flow.pt")
-    decoder, normalization, card = read_decoder(Path(args.resume, "backbone.pt") if args.resume else path, args)
-    advice = "this script integrates flows, as pretrain_backbone.py --kind flow makes them; DPPO's are none"
-    require(decoder.config["kind"] == "flow", f"--backbone {path}: is a {decoder.config['kind']} decoder; {advice}")
-    if str(card.get("env_id")).rsplit(":")[-1] != args.env_id:  # such as a Sparse task: other rewards
-        card.pop("frozen_return", None)
-    flow = FlowDecoder(decoder.config | {"sample_steps": args.ode_steps}, args.ode_solver)
-    flow.load_state_dict(decoder.state_dict())
-    return flow.freeze(), normalization, card
+class TwinCritic(nn.ModuleList):  # two independent networks for Q^A(s, a) or Q^W(s, w)
+    def forward(self, obs, x):  # (B, obs_dim), (B, d) -> (2, B)
+        return torch.stack([q(torch.cat([obs, x], -1)).squeeze(-1) for q in self])
 
 
-# --- end shared: flow decoder ---
-# --- shared: decoder file ---
-def read_decoder(path: Path, args: Args):
-    """A file of ours or DPPO's -> (frozen Decoder on the CPU, normalization, card); refuses what does not fit."""
-    advice = "LP-DS's backbones/ has decoders, its pretrain_backbone.py makes them"
-    require(path.is_file(), f"--backbone {path}: no such file; {advice}")
-    file, where = read_tensors(path, "--backbone"), f"--normalization {args.normalization or path}"
-    plain = args.resume or "format" not in file or (args.normalization, args.activation) == ("", "relu")
-    require(plain, f"--backbone {path}: has its own normalization and activation; leave out those flags")
-    with blame(f"{where}: {path} needs the normalization.npz that belongs to it"):
-        stats = file["normalization"] if "format" in file else np.load(args.normalization, allow_pickle=False)
-        keys = [f"{x}_{end}" for x in ("obs", "action") for end in ("min", "max")]
-        stats = {key: np.asarray(stats[key]).astype(np.float64, casting="same_kind") for key in keys}
-    with blame(f"--backbone {path}: neither our decoder format nor DPPO's; {advice}"):
-        file = file if "format" in file else from_dppo(file, len(stats["action_min"]), args)
-        config, weights, card = file["config"], file["model"], dict(file.get("card", {}))
-        most = {"diffusion": config["train_steps"], "flow": 1000}[config["kind"]]
-        if config["sample_steps"] not in range(1, most + 1):
-            raise ValueError(f"sample_steps {config['sample_steps']}, not in 1 to {most}")
-        decoder = Decoder(config)
-        decoder.load_state_dict(weights)
-        decoder.freeze()
-    require(all(w.isfinite().all() for w in weights.values()), f"--backbone {path}: weights not finite; give another")
-    with blame(f"--env-id {args.env_id}: Gymnasium cannot make it"):  # -v2 and -v3 are registered, but have moved out
-        env = gym.make(args.env_id)
-    env.close()
-    for x, shape in (("obs", env.observation_space.shape), ("action", env.action_space.shape)):
-        size, low, high = config[f"{x}_dim"], stats[f"{x}_min"], stats[f"{x}_max"]
-        fits = f"{size} {x} coordinates, {args.env_id} has {shape}; give one that fits"
-        require((size,) == shape, f"--backbone {path}: {fits}")
-        valid = low.shape == high.shape == shape and np.isfinite([low, high]).all() and (low <= high).all()
-        require(valid, f"{where}: {x}_min and {x}_max must be finite, ordered and of shape {shape}")
-    return decoder, stats, card | {"path": str(path), "checksum": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
-
-
-def from_dppo(file: dict, action_dim: int, args: Args) -> dict:
-    """DPPO's checkpoint in our format. Sizes are read off the shapes; activation and schedule are not in it."""
-    weights = file["ema"] if "ema" in file else file["model"]
-    weights = {key.removeprefix("network."): w for key, w in weights.items() if key.startswith("network.")}
-    size = {key.removesuffix(".bias"): len(w) for key, w in weights.items() if key.endswith("bias")}
-    cond = [n for key, n in size.items() if key.startswith("cond_mlp")]
-    last = max(int(key.split(".")[2]) for key in size if key.startswith("mlp_mean.layers"))
-    d, time_dim, width = (size[key] for key in (f"mlp_mean.layers.{last}", "time_embedding.3", "mlp_mean.layers.0"))
-    inputs = weights["cond_mlp.moduleList.0.linear_1.weight" if cond else "mlp_mean.layers.0.weight"].shape[1]
-    config = dict(kind="diffusion", obs_dim=inputs if cond else inputs - d - time_dim, action_dim=action_dim)
-    config |= dict(chunk=d // action_dim, cond_hidden=cond, hidden=[width] * (2 * last - 1), time_dim=time_dim)
-    config |= dict(activation=args.activation, train_steps=20, sample_steps=5)  # steps: DPPO and DSRL on Gym
-    return {"config": config, "model": weights, "card": {}}
-
-
-# --- end shared: decoder file ---
-# --- shared: networks ---
-def mlp(n_in: int, n_out: int, args: Args):
-    """[Linear, LayerNorm, Tanh] x num_layers and a linear head, as DSRL's actor and critics."""
-    sizes = [n_in] + [args.hidden_size] * args.num_layers
-    trunk = [layer for m, n in zip(sizes, sizes[1:]) for layer in (nn.Linear(m, n), nn.LayerNorm(n), nn.Tanh())]
-    return nn.Sequential(*trunk, nn.Linear(sizes[-1], n_out))
-
-
-# --- end shared: networks ---
-# --- shared: critics, replay ---
-class TwinCritic(nn.ModuleList):
-    """Two independent networks for Q^A(s, a) or Q^W(s, w): obs (B, obs_dim), x (B, d) -> (2, B)."""
-
-    def forward(self, obs, x):
-        x = torch.cat([obs, x], -1)
-        return torch.stack([member(x).squeeze(-1) for member in self])
-
-
-class Replay:
-    """Every transition (chunk) of the run, on the learner's device: sampling asks the host for nothing."""
-
-    def __init__(self, capacity: int, obs_dim: int, d: int, device):
-        sizes = {"obs": [obs_dim], "action": [d], "reward": [], "next_obs": [obs_dim], "terminated": []}
-        self.data = {name: torch.empty(capacity, *size, device=device) for name, size in sizes.items()}
-        self.size, self.size_on_device = 0, torch.zeros((), device=device)
-
-    def add(self, **rows):  # each (n, ...)
-        n = len(rows["reward"])
-        for name, row in rows.items():
-            self.data[name][self.size : self.size + n] = torch.as_tensor(row)
-        self.size += n
-        self.size_on_device.fill_(self.size)
-
-    def sample(self, n: int) -> dict:
-        index = (torch.rand(n, device=self.size_on_device.device) * self.size_on_device).long()
-        return {name: column[index] for name, column in self.data.items()}
-
-
-# --- end shared: critics, replay ---
-# --- shared: noise policy and its updates ---
 class Agent(nn.Module):
-    """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
+    """The frozen decoder, all that is learned around it, and the updates of Algorithm 1."""
 
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
-        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
-        self.args, self.decoder, self.distills = args, decoder, args.variant == "na"  # distills: uses Q^W
-        self.actor = mlp(obs_dim, 2 * d, args).to(device)  # mu and log sigma
-        self.register_buffer("started", torch.tensor(False, device=device))  # before its first update, w = eps
-        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init), device=device)])  # log alpha
-
-        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
-        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
+        self.args, self.decoder = args, decoder
+        obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
+        self.actor = mlp(obs_dim, 2 * d, width)  # mu and log sigma
+        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # log alpha
+        self.register_buffer("started", torch.tensor(False))  # before its first update, w = eps
+        self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
+        self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target.load_state_dict(self.q_a.state_dict())
-        self.q_a_target.requires_grad_(False)
+        self.q_w = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
-        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
-        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
-        names = ("q_a", "q_w", "actor", "temperature")
-        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in names}
+        self.register_buffer("reward_scale", torch.tensor(scale))
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
 
     @property
-    def alpha(self):  # it scales with the rewards, so that the trade-off starts where it does on raw ones
+    def alpha(self):  # in units of the critics: the trade-off starts where it does on raw rewards
         return self.reward_scale * self.temperature[0].detach().exp()
 
     def squash(self, obs, noise):
-        """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d) and its log density in [-1, 1]^d (B,), as DSRL counts it."""
+        """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d), its log density in [-1, 1]^d (B,)."""
         mu, log_sigma = self.actor(obs).chunk(2, -1)
         log_sigma = log_sigma.clamp(-20, 2)
         u = mu + log_sigma.exp() * noise
         gaussian = -0.5 * noise.square() - log_sigma - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), exact for large u
-        # differs from DSRL: the bound holds for both variants; its released code ignores it in `na`: b is 1 there
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+        # differs from DSRL: the bound holds; its released code ignores it, as if b were 1
         return self.args.noise_bound * u.tanh(), (gaussian - log_slope).sum(-1)
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d)
-        # differs from DSRL: until the critics are warm the prior acts and is valued, as in LP-DS, not a random policy
+        # differs from DSRL: until the critics are warm the prior acts and is valued, as in LP-DS
         return torch.where(self.started, self.squash(obs, noise)[0], noise)
 
     @torch.no_grad()
-    def act(self, obs, noise):
-        """The steered policy: obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
+    def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def status(self, row: dict) -> str:  # a row of metrics.csv -> a few words for the progress bar
-        entropy = f"{-row['losses/log_prob']:.2f}" if "losses/log_prob" in row else "-"  # none before its first update
-        return f"E[-log pi] {entropy}, alpha {self.alpha:.3g}"
+    def descend(self, network, loss) -> None:
+        """A step of this network alone, whatever the loss went through: Adam skips the others."""
+        self.optimizer.zero_grad()
+        loss.backward(inputs=list(network.parameters()))
+        self.optimizer.step()
 
-    def step(self, name: str, loss):
-        """One Adam step of the network `name` alone, whatever else the loss went through."""
-        parameters = list(getattr(self, name).parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
-        self.optimizers[name].step()
+    def update_action_critic(self, batch: dict) -> dict:
+        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        with torch.no_grad():
+            # The next action is the steered policy's, so what is learned is the value of steering
+            noise = torch.randn_like(batch["action"])
+            w, log_prob = self.squash(batch["next_obs"], noise)
+            next_action = self.decoder(batch["next_obs"], torch.where(self.started, w, noise))
+            next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
+            next_value -= (
+                self.alpha * self.started * log_prob
+            )  # its entropy is worth something, too
+            discount = self.args.gamma * (1 - batch["terminated"])
+            target = self.reward_scale * batch["reward"] + discount * next_value
+        q = self.q_a(batch["obs"], batch["action"])  # (2, B)
+        loss = 0.5 * (q - target).square().mean(1).sum()
+        self.descend(self.q_a, loss)
+        with torch.no_grad():
+            for slow, fast in zip(self.q_a_target.parameters(), self.q_a.parameters()):
+                slow.lerp_(fast, self.args.tau)
+        return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_actor(self, batch: dict) -> dict:
+        """A step of the noise policy, then of its temperature, both as in SAC."""
+        self.started.fill_(True)
+        obs = batch["obs"]
+        w, log_prob = self.squash(obs, torch.randn_like(batch["action"]))
+        loss = (self.alpha * log_prob - self.q_w(obs, w).min(0).values).mean()
+        self.descend(self.actor, loss)
 
-def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^A by TD through the decoder (Algorithm 1, lines 8-11), then its target by Polyak averaging (line 20)."""
-    with torch.no_grad():
-        # The next action is the steered policy's, so what is learned is the value of steering
+        surplus = -log_prob.detach().mean() - self.args.target_entropy  # in nats; alpha falls
+        self.descend(self.temperature, self.temperature[0] * surplus)
+        prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
+        kl = log_prob - w.shape[1] * math.log(self.args.noise_bound) - prior  # to N(0, I), in nats
+        info = {
+            "losses/actor": loss,
+            "losses/log_prob": log_prob.mean(),
+            "losses/alpha": self.alpha,
+        }
+        info |= {"trust_region/kl": kl.mean()}
+        return {key: value.detach() for key, value in info.items()}
+
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A over the unshifted prior (lines 12-15): a step per slice of the batch."""
+        n = self.args.batch_size
         noise = torch.randn_like(batch["action"])
-        w, log_prob = agent.squash(batch["next_obs"], noise)
-        w = torch.where(agent.started, w, noise)
-        next_action = w if args.variant == "sac" else agent.decoder(batch["next_obs"], w)
-        bonus = -agent.alpha * agent.started * log_prob  # what comes next is worth its entropy, too
-        next_value = agent.q_a_target(batch["next_obs"], next_action).min(0).values + bonus
-        target = agent.reward_scale * batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
-    q = agent.q_a(batch["obs"], batch["action"])  # (2, B)
-    loss = 0.5 * (q - target).square().mean(1).sum()
-    agent.step("q_a", loss)
-    online = [parameter.detach() for parameter in agent.q_a.parameters()]
-    torch._foreach_lerp_(list(agent.q_a_target.parameters()), online, args.tau)
-    return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
+        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
+            action = self.decoder(batch["obs"], noise)
+            target = self.q_a(batch["obs"], action)  # (2, B): member to member, online
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
-def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
-    """A step of the noise policy, then of its temperature, both as in SAC."""
-    agent.started.fill_(True)
-    obs, noise = batch["obs"], torch.randn_like(batch["action"])
-    w, log_prob = agent.squash(obs, noise)
-    critic = agent.q_w if args.variant == "na" else agent.q_a
-    loss = (agent.alpha * log_prob - critic(obs, w).min(0).values).mean()
-    agent.step("actor", loss)
+class Replay:  # every transition (chunk) of the run, on the learner's device
+    def __init__(self, capacity: int, obs_dim: int, d: int, device):
+        shapes = dict(obs=[obs_dim], action=[d], reward=[], next_obs=[obs_dim], terminated=[])
+        self.data = {k: torch.empty(capacity, *shape, device=device) for k, shape in shapes.items()}
+        self.size, self.device = 0, device
 
-    surplus = -log_prob.detach().mean() - args.target_entropy  # nats above the target: alpha falls
-    agent.step("temperature", agent.temperature[0] * surplus)
-    prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
-    kl = log_prob - w.shape[1] * math.log(args.noise_bound) - prior  # log density in units of w, against N(0, I)
-    info = {"losses/actor": loss, "losses/log_prob": log_prob.mean(), "losses/alpha": agent.alpha}
-    return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
+    def add(self, *columns) -> None:  # obs, action, reward, next_obs, terminated, each (n, ...)
+        start, self.size = self.size, self.size + len(columns[0])
+        for stored, column in zip(self.data.values(), columns):
+            stored[start : self.size] = torch.as_tensor(column)
 
-
-# --- end shared: noise policy and its updates ---
-# --- shared: distillation ---
-def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
-
-    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
-    """
-    noise = torch.randn_like(batch["action"])
-    with torch.no_grad():
-        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
-    n = args.batch_size
-    for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
-        agent.step("q_w", loss)
-    return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+    def sample(self, n: int, generator=None) -> dict:
+        index = torch.randint(self.size, (n,), device=self.device, generator=generator)
+        return {name: column[index] for name, column in self.data.items()}
 
 
 @torch.no_grad()
-def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
-    """What steering does at states obs (B, obs_dim), over n draws of noise each: action entropy, quality of Q^W."""
-    d, obs = agent.decoder.dim, obs.repeat_interleave(n, 0)
-    noise = torch.randn(len(obs), d, device=obs.device, generator=torch.Generator(obs.device).manual_seed(seed))
-    frozen, steered = agent.decoder(obs, noise), agent.act(obs, noise)
-    entropy, ties = knn_entropy(steered.view(-1, n, d))
-    entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
-    info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
-    if agent.distills:
-        q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(-1, n)
-        q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
-        q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
-        info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
-    return info
+def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
+    """What steering does at states of the replay, over n draws of noise at each."""
+    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
+    noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
+    steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
+    info = {}
+    info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
+    info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
+
+    # Does Q^W rank the noise of a state as Q^A ranks its actions? Only such differences can steer
+    q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
+    q_a = agent.q_a(obs, steered).mean(0).view(states, n)
+    q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
+    return info | {"losses/q_w_corr": torch.cosine_similarity(q_w, q_a).mean()}
 
 
-# --- end shared: distillation ---
-# --- shared: evaluation ---
-def evaluate(policy, envs: list, seed: int, device) -> dict:
-    """One episode in each of `envs`, noise sampled; arrays (len(envs),) of return, success and length.
-
-    Episode i starts from seed + i and meets the same noise whatever the policy and however long the others live.
-    """
-    generator, n = torch.Generator().manual_seed(seed), len(envs)
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    result = {"return": np.zeros(n), "success": np.zeros(n, bool), "length": np.zeros(n, int)}
-    alive = np.arange(n)
-    while len(alive):
-        noise = torch.randn(n, *envs[0].action_space.shape, generator=generator)[alive]
-        action = policy(torch.as_tensor(obs[alive], device=device), noise.to(device)).cpu().numpy()
-        for i, a in zip(list(alive), action):
-            obs[i], reward, terminated, truncated, info = envs[i].step(a)
-            result["return"][i] += reward
-            result["length"][i] += info["steps"]
-            for key in (key for key in info if key.startswith("success")):
-                result.setdefault(key, np.zeros(n))[i] = info[key]
-            if terminated or truncated:
-                alive = alive[alive != i]
-    return result
+def evaluate(policy, envs, device, seed: int = 0) -> dict:
+    """The first episode of each environment; its start and noise depend on `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    returns, lengths, success = np.full((3, envs.num_envs), np.nan)
+    words = np.random.SeedSequence([seed, 0, 1])  # the third word: starts that training never has
+    obs, _ = envs.reset(seed=words.generate_state(envs.num_envs).tolist())
+    while np.isnan(lengths).any():
+        noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
+        action = policy(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+        obs, _, terminated, truncated, infos = envs.step(action)
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(lengths)):
+            returns[i], lengths[i] = (infos["final_info"]["episode"][key][i] for key in ("r", "l"))
+            success[i] = infos["final_info"]["success"][i]
+    return {"return": returns.tolist(), "length": lengths.tolist(), "success": success.tolist()}
 
 
-# --- end shared: evaluation ---
-# --- shared: files ---
 def save(path: Path, write) -> None:
-    """write(temporary file), then rename: a crash, kill -9 or a full disk leaves what was there before whole."""
+    """write(file), beside `path`, then renamed: killed at any moment, `path` stays whole."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        require(False, f"--run-dir: cannot write {path} ({error}); earlier files are whole: free space, then --resume")
+    with temporary.open("wb") as file:
+        write(file)
+    temporary.replace(path)
 
 
-def write_csv(path: Path, rows: list) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))  # what a row lacks stays empty
-    lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
-    save(path, lambda file: file.write_text("\n".join([",".join(columns), *lines]) + "\n"))
+def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weights & Biases
+    columns = dict.fromkeys(key for row in rows for key in row)  # what a row lacks stays empty
+    lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
+    text = "\n".join([",".join(columns), *lines, ""])
+    save(run / "metrics.csv", lambda file: file.write(text.encode()))
+    if track:
+        wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
-def plot_curves(path: Path, rows: list) -> None:
-    wanted = "eval/episodic_return eval/success trust_region/violation /alpha entropy/action losses/q_w_corr".split()
-    keys = [key for end in wanted for key in rows[-1] if key.endswith(end) and any(row.get(key) for row in rows)]
-    figure = Figure((3.6 * len(keys), 3.5), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        axis.plot(*zip(*[(row["global_step"], row[key]) for row in rows if key in row]))
-        axis.set_title(key)
-    save(path, lambda file: figure.savefig(file, format="png"))
-
-
-def save_checkpoint(run: Path, agent, replay, loop: dict, args) -> None:
-    """Everything that the next step depends on, in one file of plain tensors."""
-    good = all(bool(p.isfinite().all()) for p in agent.parameters())
-    require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
-    state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
-    state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
-    cuda, versions = agent.alpha.is_cuda, {p.__name__: str(p.__version__) for p in (torch, gym, np, mujoco)}
-    state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(agent.alpha.device) if cuda else None}
-    state |= {"loop": loop, "args": asdict(args), "script": Path(sys.argv[0]).name, "versions": versions}
-    save(run / "checkpoint.pt", partial(torch.save, state))
-
-
-def load_checkpoint(run: Path, agent, replay) -> dict:
-    """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
-    state = read_tensors(run / "checkpoint.pt", "--resume")
-    with blame(f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run"):
-        agent.load_state_dict(state["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        replay.add(**state["replay"])
-        torch.set_rng_state(state["rng"])
-        if agent.alpha.is_cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
-        return state["loop"]
-
-
-# --- end shared: files ---
-# --- shared: run folder ---
 if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
-    with blame(f"--device {args.device}: not usable; give auto, cpu or cuda"):
-        device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device))
-        torch.zeros(1, device=device)
+    torch.set_num_threads(1)  # small matrices: a second thread rarely pays
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about other versions
 
     # Decoder, environments, networks
-    decoder, normalization, card = load_decoder(args)
-    decoder = decoder.to(device).freeze()
-    make = partial(make_env, args.env_id, decoder.config["chunk"], normalization)
-    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    eval_envs = [make() for _ in range(args.eval_episodes)]
-    obs, _ = envs.reset(seed=args.seed)
-    agent = Agent(args, decoder)
-    replay = Replay(args.total_timesteps + args.num_envs, decoder.config["obs_dim"], decoder.dim, device)
+    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
+    path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
+    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+    known = file.get("format") == 2 and file["solver"] in ("euler", "heun")
+    require(known, f"--backbone {path}: no flow of format 2; pretrain_backbone.py makes them")
+    decoder = Decoder(file).to(args.device)
+    make = partial(make_env, args.env_id, file)
+    vector = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    envs, eval_envs = vector([make] * args.num_envs), vector([make] * args.eval_episodes)
+    agent = Agent(args, decoder).to(args.device)
+    replay = Replay(args.total_timesteps + args.num_envs, decoder.obs_dim, decoder.dim, args.device)
 
-    # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
-    loop = {"global_step": 0, "vector_steps": 0, "gradient_steps": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
-    loop |= {"episodes": [], "info": {}}  # since the last row of metrics.csv
-    run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
+    # Run folder: a new one, with a copy of the decoder so that it can be moved, or that to resume
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run = Path(args.resume or Path(args.run_dir, name))
+    rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
-        run, loop = Path(args.resume), load_checkpoint(Path(args.resume), agent, replay)
-        obs, before = loop["obs"].numpy(), loop["global_step"]
-        for env, state in zip(envs.envs, loop["envs"]):
-            env_state(env, state)
+        state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        agent.load_state_dict(state["agent"])
+        agent.optimizer.load_state_dict(state["optimizer"])
+        replay.add(*state["replay"].values())
+        rows, evals = state["rows"], state["evals"]
     else:
-        with blame(f"--run-dir {args.run_dir}: {run.name} cannot be made there"):
-            run.mkdir(parents=True)
-        copied = {"format": 1, "kind": decoder.config["kind"], "config": decoder.config, "model": decoder.state_dict()}
-        copied |= {"card": card, "normalization": {key: torch.as_tensor(value) for key, value in normalization.items()}}
-        save(run / "backbone.pt", partial(torch.save, copied))
-    save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args) | {"resume": ""}, indent=1)))
-    tracker = None
+        run.mkdir(parents=True)
+    save(run / "backbone.pt", partial(torch.save, file))
+    save(run / "args.json", lambda file: file.write(json.dumps(asdict(args), indent=1).encode()))
     if args.track:
-        try:
-            import wandb
+        import wandb
 
-            tracker = wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
-        except Exception as error:
-            print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
+        wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
-    size, c = sum(p.numel() for p in decoder.parameters()), decoder.config
-    print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
-    print(f"decoder: {c['kind']}, {size:,} frozen parameters, Ta {c['chunk']}, d {decoder.dim}, {card['path']}, sha256 "
-          f"{card['checksum']}, frozen by its card: return {card.get('frozen_return', math.nan):.0f}, success "
-          f"{card.get('frozen_success', math.nan):.2f}")  # fmt: skip
-    bar = tqdm(initial=loop["global_step"], total=args.total_timesteps, unit="step", disable=args.no_progress or None)
-    stop = []  # signals received: they let the current step finish
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
-    started, mark = time.time() - loop["wall_seconds"], (before, time.time())
+    def stop(*_):
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    first_step = args.prior_steps + args.warmup_steps
+    print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
+    global_step = int(rows[-1]["global_step"])
+    started = time.time() - rows[-1]["wall_seconds"]
     while True:
-        # (0) Log, evaluate, save; at step 0 the frozen decoder, which everything is compared with. Only here are losses
-        #     read back from the device.
-        step, finished = loop["global_step"], loop["global_step"] >= args.total_timesteps
-        evaluating = step > before and (finished or step // args.eval_every > before // args.eval_every)
-        if evaluating or step > before and step // args.log_every > before // args.log_every:
-            row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"]}
-            if step:
-                names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
-                if loop["episodes"]:
-                    row |= dict(zip(names, np.mean(loop["episodes"], 0)))
-                row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
-                index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
-                row |= probe(agent, replay.data["obs"][index], step)
-            if evaluating:
-                result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
-                loop["evals"].append({"global_step": step} | {k: torch.as_tensor(v) for k, v in result.items()})
-                first = loop["evals"][0]
-                row["eval/episodic_return"] = result["return"].mean()
-                row |= {f"eval/{key}": result[key].mean() for key in result if key.startswith("success")}
-                row |= {f"eval/frozen_{key}": first[key].double().mean() for key in ("return", "success")}
-            loop["wall_seconds"] = time.time() - started
-            row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
-            bad = [key for key, value in row.items() if not math.isfinite(value)]
-            require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
-            loop["rows"].append(row)
-            loop["episodes"] = []
-            write_csv(run / "metrics.csv", loop["rows"])
-            if tracker:
-                try:
-                    tracker.log(row, step=step)
-                except Exception as error:
-                    tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
-            if evaluating:
-                arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
-                save(run / "eval.npz", lambda file: np.savez(file.open("wb"), **arrays))  # noqa: B023
-                loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
-                save_checkpoint(run, agent, replay, loop, args)
-                if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
-                    save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
-                returns = f"return {row['eval/episodic_return']:.0f} (frozen {row['eval/frozen_return']:.0f}), success "
-                returns += f"{row['eval/success']:.2f} ({row['eval/frozen_success']:.2f})"
-                bar.write(f"step {step:>7}  {returns}, {agent.status(row)}, {row.get('charts/SPS', 0):.0f} steps/s")
-            bar.set_postfix_str(f"return {loop['evals'][-1]['return'].mean():.0f}, {agent.status(row)}", refresh=False)
-            mark = step, time.time()
-        if finished or stop:
+        # (1) Save all that the rest of the run depends on: --resume goes on from here
+        finite = all(parameter.isfinite().all() for parameter in agent.parameters())
+        require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
+        state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
+        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
+        save(run / "checkpoint.pt", partial(torch.save, state))
+
+        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
+        evals.append({"global_step": global_step} | result)
+        arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
+        save(run / "eval.npz", partial(np.savez, **arrays))
+        returns, success = arrays["return"].mean(1).tolist(), arrays["success"].mean(1).tolist()
+        rows[-1] |= {"eval/episodic_return": returns[-1], "eval/success": success[-1]}
+        rows[-1] |= {"eval/frozen_return": returns[0], "eval/frozen_success": success[0]}
+        log(run, rows, args.track)
+        if returns[-1] == max(returns):
+            save(run / "best.pt", partial(torch.save, state))
+        score = f"return {returns[-1]:.0f} (frozen {returns[0]:.0f}), success {success[-1]:.2f}"
+        print(f"step {global_step:>7}: {score}, alpha {agent.alpha:.3g}", flush=True)
+        if global_step >= args.total_timesteps:
             break
 
-        # (1) Act: eps ~ N(0, I) -> w, the unshifted noise until the critics are warm -> a = Phi(w; s)
-        noise = torch.randn(args.num_envs, decoder.dim, device=device)
-        action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+        # (3) Start afresh: environments and all noise to come follow from seed and step. Episodes
+        #     are cut as by a time limit; for that, a resume needs no state of any simulator
+        words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
+        torch.manual_seed(int(words[0]))
+        obs, _ = envs.reset(seed=words[1:].tolist())
+        ended, info, vector_step = [], {}, 0
+        until = min((global_step // args.eval_every + 1) * args.eval_every, args.total_timesteps)
+        while global_step < until:
+            # (4) Act: eps ~ N(0, I) -> w -> a = Phi(w; s); w is eps until the critics are warm
+            noise = torch.randn(args.num_envs, decoder.dim, device=args.device)
+            action = agent.act(torch.as_tensor(obs, device=args.device), noise).cpu().numpy()
 
-        # (2) Step: each environment executes its chunk open loop; one that ends is reset in the same call
-        next_obs, reward, terminated, truncated, infos = envs.step(action)
-        final, real_next_obs, before = infos.get("final_info", {}), next_obs.copy(), step
-        for i in np.flatnonzero(terminated | truncated):
-            real_next_obs[i] = infos["final_obs"][i]
-            ended = final["episode"]["r"][i], final["episode"]["l"][i], final["success"][i]
-            loop["episodes"].append([float(value) for value in ended])
-        loop["global_step"] += int(np.sum(infos.get("steps", 0)) + np.sum(final.get("steps", 0)))
-        loop["vector_steps"] += 1
-        bar.update(loop["global_step"] - bar.n)
+            # (5) Step: each environment executes its chunk; one that ends is reset at once
+            next_obs, reward, terminated, truncated, infos = envs.step(action)
+            real_next_obs = next_obs.copy()
+            for i in np.flatnonzero(terminated | truncated):
+                real_next_obs[i] = infos["final_obs"][i]
+                ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
+            before = global_step
+            vector_step += 1
+            global_step += sum(envs.get_attr("steps"))
 
-        # --- end shared: run folder ---
-        if args.variant == "sac":  # its critic values noise
-            with torch.no_grad():
-                action = agent.steer(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+            # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
+            replay.add(obs, action, reward, real_next_obs, terminated)
+            obs = next_obs
 
-        # --- shared: learn ---
-        # (3) Store. differs from DSRL: a time limit is not the end of the world, only `terminated` stops the bootstrap
-        replay.add(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
-        obs, trained = next_obs, loop["global_step"] - args.prior_steps
+            # (7) Once, after the prior roll-outs, the unit of value: the mean reward for ever is
+            #     worth 15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags
+            if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
+                mean = replay.data["reward"][: replay.size].abs().mean()
+                require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
+                agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-        # (4) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
-        prior_ends = step < max(args.prior_steps, 1) <= loop["global_step"]  # in this very step
-        if prior_ends and args.reward_scale == "auto":
-            # differs from DSRL: on raw rewards Q is in the hundreds, and Q^W, which Adam moves by 3e-4 a step, lags so
-            # far behind that its slope is noise. With `auto`, earning the mean reward for ever is worth 15.
-            agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
-            known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
-            require(0 < agent.reward_scale < math.inf, known)
-            bar.write(f"rewards count {agent.reward_scale:.3g} times inside the critics")
-        if trained >= 0 and loop["vector_steps"] % args.train_freq == 0:
-            started_call = time.time()
-            for _ in range(args.utd):
-                batch = replay.sample(args.batch_size)
-                loop["info"] |= update_action_critic(agent, batch, args)
-                if trained >= args.warmup_steps:
-                    # --- end shared: learn ---
-                    loop["info"] |= update_actor(agent, batch, args)
-            # --- shared: end ---
-            if agent.distills and args.distill_steps:
-                loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.distill_steps), args)
-            loop["gradient_steps"] += args.utd
-            if loop["gradient_steps"] == 20 * args.utd:
-                calls = (args.total_timesteps - step) / (args.train_freq * args.num_envs * decoder.config["chunk"])
-                bar.write(f"at least {calls * (time.time() - started_call) / 60:.0f} minutes to go")
+            # (8) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
+            if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
+                for _ in range(args.utd):
+                    batch = replay.sample(args.batch_size)
+                    info |= agent.update_action_critic(batch)
+                    if global_step >= first_step:
+                        info |= agent.update_actor(batch)
+                batch = replay.sample(args.batch_size * args.distill_steps)
+                info |= agent.update_latent_critic(batch)
 
-    bar.close()
-    if stop:
-        loop.update(obs=torch.as_tensor(obs), envs=[env_state(env) for env in envs.envs])
-        save_checkpoint(run, agent, replay, loop, args)
-        again = shlex.join([sys.argv[0], "--resume", str(run)])
-        print(f"stopped at step {step} and saved; go on with: python {again}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    plot_curves(run / "curves.png", loop["rows"])
-    print(f"finished: {run / 'curves.png'}; play it with: python enjoy.py {shlex.quote(str(run))}")
-# --- end shared: end ---
+            # (9) Log; only here are losses read back from the device
+            if global_step // args.log_every > before // args.log_every or global_step >= until:
+                row = {"global_step": global_step, "wall_seconds": time.time() - started}
+                row["charts/SPS"] = global_step / row["wall_seconds"]
+                if ended:
+                    row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(ended, 0)
+                row |= info | probe(agent, replay, global_step)
+                rows.append({key: float(value) for key, value in row.items()})
+                log(run, rows, args.track)
+                ended, info = [], {}
