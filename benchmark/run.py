@@ -1,12 +1,12 @@
-"""Sweeps: scripts x environments x seeds x settings from one small YAML file, on Ray, down to small result files.
+"""Sweeps: scripts x environments x seeds x settings from a small YAML file, run on Ray.
 
-python benchmark/run.py cpu             # train what benchmark/specs/cpu.yaml lists and is not finished, then collect
-python benchmark/run.py cpu --dry-run   # print the commands instead; each of them can be run by hand
-python benchmark/run.py cpu --collect   # condense what lies there, finished or not, without training (needs no Ray)
+    python benchmark/run.py continuous/main             # train what is not finished, collect
+    python benchmark/run.py continuous/main --dry-run   # print the commands; none needs Ray
+    python benchmark/run.py continuous/main --collect   # condense what lies there, train nothing
 
-Ctrl-C lets every run save, and the same command goes on from there. A run whose worker or machine is lost continues
-from its checkpoint. On a cluster (--address), this repository and --runs must lie under the same path on storage that
-all its machines share. benchmark/specs/cpu.yaml explains the keys of a spec.
+benchmark/specs/continuous/main.yaml explains the keys of a spec. Ctrl-C stops; the same command
+goes on from the last evaluation of every run. On a cluster (--address), the repository and --runs
+must lie under the same path on storage that all machines share.
 """
 
 import ctypes
@@ -17,28 +17,31 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tyro
 import yaml
 from tyro.conf import Positional
 
-ROOT = Path(__file__).resolve().parents[1]  # every relative path starts here, and every command runs here
+ROOT = Path(__file__).resolve().parents[1]  # relative paths start here, and every command runs here
 SPECS = ROOT / "benchmark" / "specs"
-RETRIES = 5  # after a lost worker, and again after a run that a signal killed; what fails by itself would fail again
-LOCK_WAIT = 60  # seconds: a lock held by a lost machine is freed only when its storage notices
-ARM = {"script": str, "flags": str, "envs": list, "seeds": list, "resources": dict, "grid": dict}
-SPEC = {"title": str, "include": list, "final_episodes": int, "arms": dict} | {k: ARM[k] for k in ARM if k != "grid"}
-RESOURCES = dict.fromkeys(("num_cpus", "num_gpus", "memory", "resources", "accelerator_type"), object)  # Ray's names
+RETRIES = 5  # of a run that was killed; what fails by itself would fail again
+
+# Keys of an arm and of a spec, with their defaults
+ARM = {"script": "", "flags": "", "envs": [], "seeds": [1], "grid": {}}
+ARM |= {"resources": {"num_cpus": 1, "num_gpus": 0}, "final_episodes": 0, "temperatures": [1, 0]}
+SPEC = ARM | {"title": "", "score": "return", "include": [], "arms": {}}
+
+# Arrays of eval.npz that are kept, where the script writes them
+KEPT = {"global_step": np.int64, "return": np.float32, "length": np.float32, "success": np.float32}
+KEPT |= {"mode": np.int8, "path": np.float16}
 
 
 @dataclass
@@ -50,13 +53,13 @@ class Args:
     collect: bool = False
     """condense what lies there, train nothing"""
     only: str = ""
-    """part of a label: runs that do not have it in theirs are left alone"""
+    """part of a label: other runs are left alone"""
     jobs: int = 0
-    """at most so many runs at once; 0: as many as the resources allow"""
+    """cores to use of this machine; 0: all"""
     address: str = ""
     """of a Ray cluster; empty: Ray on this machine"""
     runs: Path = Path("runs/benchmark")
-    """where run folders are made; like all relative paths from the repository on"""
+    """where run folders are made"""
     results: Path = Path("benchmark/results")
     """where the condensed runs go"""
 
@@ -67,402 +70,331 @@ class Run:
     arm: str
     env_id: str
     seed: int
-    script: str
     flags: str
     total: int  # steps after which it is finished
+    paths: bool  # keep the paths that its evaluations drew, where the script writes some
+    home: Path  # RUNS/SPEC/LABEL: log.txt, starts.jsonl, final.json, and the script's run folder
+    script: str
     resources: dict
     final_episodes: int
-    home: Path  # RUNS/SPEC/LABEL: log.txt, starts.jsonl, final.json, and the folder that the script makes
+    temperatures: list
     label = property(lambda self: self.home.name)
 
 
-# --- Specs ---
 def require(condition, message: str) -> None:
-    """Unless condition holds, ends the program with one sentence on stderr and exit code 2, as argparse does."""
+    """Ends the program with one sentence in place of a traceback, for mistakes easily made."""
     if not condition:
-        print(f"run.py: error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def check(place: str, given, kinds: dict) -> dict:
-    """A mapping of a spec whose keys and types are those in `kinds`; nothing at all counts as an empty one."""
-    require(isinstance(given or {}, dict), f"{place}: must hold `key: value` lines, not {given!r}")
-    for key, value in (given or {}).items():
-        require(key in kinds, f"{place}: unknown key {key!r}; known are {', '.join(kinds)}")
-        good = isinstance(value, kinds[key]) and not (value == [] and key != "include")
-        require(good, f"{place}: {key} must be a {kinds[key].__name__}, and no empty one, not {value!r}")
-    return given or {}
+# --- Specs ---
+def check(place: str, given, known: dict) -> dict:
+    """A mapping with keys of `known` and values like those in there."""
+    given = {} if given is None else given
+    require(isinstance(given, dict), f"{place}: must hold `key: value` lines, not {given!r}")
+    for key, value in given.items():
+        require(key in known, f"{place}: unknown key {key!r}; known are {', '.join(known)}")
+        good = isinstance(value, (type(known[key]), dict))
+        require(good, f"{place}: {key} must be like {known[key]!r}, not {value!r}")
+    return given
 
 
-def arm_runs(place: str, arm: str, spec: dict, own: dict, runs: Path) -> list:
-    """The runs of one arm, whose `own` settings go before those of the spec; its flags go behind the common ones."""
-    both = {"seeds": [1], "script": "", "envs": [], "final_episodes": 0} | spec | own
-    require(both["script"] and both["envs"], f"{place}: lacks script or envs; give both here or for the whole spec")
-    require((ROOT / both["script"]).is_file(), f"{place}: there is no script {both['script']}")
-    require(all(type(seed) is int for seed in both["seeds"]), f"{place}: seeds must be whole numbers")
-    resources = {"num_cpus": 1, "num_gpus": 0} | check(f"{place}, resources", both.get("resources"), RESOURCES)
-    grid = [[(key, v) for v in (x if isinstance(x, list) else [x])] for key, x in own.get("grid", {}).items()]
+def arm_runs(arm: str, own: dict, spec: dict, runs: Path) -> list:
+    """The runs of one arm, whose `own` settings go before those of the spec."""
+    place = f"{spec['name']}, arm {arm}"
+    settings = ARM | spec | own
+    envs, seeds, grid = (settings[key] for key in ("envs", "seeds", "grid"))
+    require(settings["script"] and envs, f"{place}: lacks script or envs")
+    require((ROOT / settings["script"]).is_file(), f"{place}: no script {settings['script']}")
+    settings["resources"] = ARM["resources"] | settings["resources"]
+    same = {key: settings[key] for key in Run.__dataclass_fields__ if key in ARM and key != "flags"}
+    envs = envs if isinstance(envs, dict) else dict.fromkeys(envs, "")
+
     found = []
-    for point, env_id, seed in itertools.product(itertools.product(*grid), both["envs"], both["seeds"]):
-        name = " ".join([arm, *(f"{key}={value}" for key, value in point)])
-        flags = " ".join([spec.get("flags", ""), own.get("flags", ""), *(f"--{k} {value}" for k, value in point)])
-        total = re.findall(r"--total[-_]timesteps[ =](\d+)", flags)
-        require(total, f"{place}: its flags lack --total-timesteps, which says when a run is finished")
-        label = "__".join(re.sub(r"[^A-Za-z0-9.=-]+", "-", str(part)) for part in (env_id, name, seed))
-        found.append(Run(spec["name"], name, env_id, seed, both["script"], flags, int(total[-1]), resources,
-                         both["final_episodes"], runs / spec["name"] / label))  # fmt: skip
+    for values, env_id, seed in itertools.product(itertools.product(*grid.values()), envs, seeds):
+        point = list(zip(grid, values))
+        name = " ".join([arm, *(f"{flag}={value}" for flag, value in point)])
+        flags = [spec.get("flags", ""), envs[env_id], own.get("flags", "")]
+        flags = " ".join(filter(None, flags + [f"--{flag} {value}" for flag, value in point]))
+        total = re.findall(r"--total[-_]timesteps[ =]([\d_]+)(?:\s|$)", flags)
+        require(total, f"{place}: its flags need --total-timesteps and a whole number of steps")
+        parts = (re.sub(r"[^A-Za-z0-9.=-]+", "-", str(part)) for part in (env_id, name, seed))
+        home = runs / spec["name"] / "__".join(parts)
+        which = (spec["name"], name, env_id, seed, flags, int(total[-1]), seed == seeds[0], home)
+        found.append(Run(*which, **same))
     return found
 
 
-def load_spec(name: str, runs: Path, folder: Path = ROOT, above: tuple = ()) -> list:
+def load_spec(name: str, runs: Path) -> list:
     """Every run of a spec, those of the specs that it includes first."""
-    path = (folder / name if name.endswith((".yaml", ".yml")) else SPECS / f"{name}.yaml").resolve()
-    there = ", ".join(sorted(str(p.relative_to(SPECS).with_suffix("")) for p in SPECS.rglob("*.yaml")))
-    require(path.is_file(), f"{name}: no such spec; give one of {there}, or the path of a .yaml file")
-    require(path not in above, f"{name}: includes itself; take it out of its `include`")
-    try:
-        spec = check(name, yaml.safe_load(path.read_text()), SPEC)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        require(False, f"{name}: is no YAML ({' '.join(str(error).split())[:160]})")
-    spec["name"] = str(path.relative_to(SPECS).with_suffix("")) if path.is_relative_to(SPECS) else path.stem
-    found = {run.home: run for other in spec.get("include", [])
-             for run in load_spec(str(other), runs, path.parent, (*above, path))}  # fmt: skip
+    path = Path(name) if name.endswith(".yaml") else SPECS / f"{name}.yaml"
+    there = sorted(str(p.relative_to(SPECS).with_suffix("")) for p in SPECS.rglob("*.yaml"))
+    require(path.is_file(), f"{name}: no such spec; give one of {', '.join(there)}")
+    spec = check(name, yaml.safe_load(path.read_text()), SPEC)
+    found = {run.home: run for other in spec.get("include", []) for run in load_spec(other, runs)}
+    spec["name"] = path.stem if name.endswith(".yaml") else name
     for arm, own in spec.get("arms", {}).items():
-        place = f"{name}, arm {arm}"
-        for run in arm_runs(place, str(arm), spec, check(place, own, ARM), runs):
-            require(run.home not in found, f"{place}: {run.label} is there already; rename the arm")
+        for run in arm_runs(str(arm), check(f"{name}, arm {arm}", own, ARM), spec, runs):
+            require(run.home not in found, f"{name}: {run.label} is there twice; rename an arm")
             found[run.home] = run
-    require(found, f"{name}: has neither arms nor runs to include; give one of both")
     return list(found.values())
 
 
 # --- Run folders ---
 def newest(home: Path):
-    """The run folder in `home` to go on with: the latest time stamp in its name, one with a checkpoint if any has."""
-    folders = [f for f in home.glob("*__*__*__*") if f.is_dir()]
-    return max(folders, key=lambda f: ((f / "checkpoint.pt").is_file(), f.name.rpartition("__")[2]), default=None)
+    """The script's run folder in `home`, with a checkpoint to go on from; None where none is."""
+    folders = [checkpoint.parent for checkpoint in home.glob("*/checkpoint.pt")]
+    return max(folders, key=lambda folder: folder.name.rpartition("__")[2], default=None)
 
 
-def read_csv(path: Path) -> dict:
-    """column -> float array, nan where a cell is empty; ValueError where lines are cut off or missing."""
-    text = path.read_text()
-    header, *lines = text.splitlines() or [""]
-    if not lines or not text.endswith("\n"):
-        raise ValueError("no row, or the last one is cut off")
-    cells = np.array([[float(c or "nan") for c in line.split(",")] for line in lines])
-    return dict(zip(header.split(","), cells.T, strict=True))
+def returns_of(run: Run):
+    """(steps, mean return) of every evaluation; before the first one, of none."""
+    folder = newest(run.home)
+    if folder is None or not (folder / "eval.npz").is_file():
+        return np.zeros(0, int), np.zeros(0)
+    with np.load(folder / "eval.npz", allow_pickle=False) as file:
+        return file["global_step"], file["return"].mean(1)
 
 
-class Look(NamedTuple):
-    """A run as it stands on disk."""
-
-    total: int
-    step: int = 0
-    minutes: float = 0.0  # of training
-    steered: float = np.nan  # return at the last evaluation
-    frozen: float = np.nan  # and at the first one
-
-    finished = property(lambda self: self.step >= self.total)
-
-    def __str__(self):
-        returns = f"return {self.steered:.0f} (frozen {self.frozen:.0f})"
-        done = f"step {self.step:,} of {self.total:,}, {self.minutes:.0f} min"
-        return f"{returns}, {done}" if self.steered == self.steered else "nothing logged"
-
-
-def look(run: Run) -> Look:
-    try:
-        m = read_csv(newest(run.home) / "metrics.csv")
-        returns = m["eval/episodic_return"][np.isfinite(m["eval/episodic_return"])]
-        return Look(run.total, int(m["global_step"][-1]), m["wall_seconds"][-1] / 60, returns[-1], returns[0])
-    except (TypeError, OSError, ValueError, KeyError, IndexError):  # no run folder, or nothing whole in it
-        return Look(run.total)
+def is_trained(run: Run) -> bool:
+    return bool(returns_of(run)[0].max(initial=0) >= run.total)
 
 
 def final(run: Run):
-    """The final evaluation, if it is of the last checkpoint and of as many episodes as the spec wants; else None."""
-    file, folder = run.home / "final.json", newest(run.home)
+    """The final evaluation, if it is the one that the spec wants of the last checkpoint."""
     try:
-        fresh = file.stat().st_mtime >= (folder / "checkpoint.pt").stat().st_mtime
-        numbers = json.loads(file.read_text())
-        return numbers if fresh and numbers["episodes"] == run.final_episodes else None
-    except (TypeError, OSError, ValueError, KeyError):
+        result = json.loads((run.home / "final.json").read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    wanted = [run.final_episodes, run.temperatures, returns_of(run)[0][-1:].tolist()]
+    found = [result.get("episodes"), result.get("temperatures"), [result.get("global_step")]]
+    return result if found == wanted else None
+
+
+def describe(run: Run) -> str:
+    steps, returns = returns_of(run)
+    if not len(steps):
+        return "nothing evaluated"
+    score = f"return {returns[-1]:.0f} (frozen {returns[0]:.0f})"
+    return f"step {steps[-1]:,} of {run.total:,}, {score}"
 
 
 # --- One run ---
 def plan(run: Run):
-    """The command that a run needs next: train, continue, evaluate; None when nothing is left to do."""
+    """The command that a run needs next: train, continue, evaluate; None when it has all."""
     folder = newest(run.home)
-    if not look(run).finished:
-        resume = folder and (folder / "checkpoint.pt").is_file()  # with its flags again: changed ones are refused
-        where = ["--resume", str(folder)] if resume else ["--run-dir", str(run.home)]
-        what = ["--env-id", run.env_id, "--seed", str(run.seed), *shlex.split(run.flags)]
-        return [sys.executable, run.script, *what, *where]
-    if run.final_episodes and not final(run):  # more episodes than training can afford, on seeds it never used
-        return [sys.executable, "enjoy.py", str(folder), "--script", run.script, "--checkpoint", "last",
-                "--episodes", str(run.final_episodes), "--json", str(run.home / "final.json")]  # fmt: skip
+    if not is_trained(run):
+        where = ["--resume", str(folder)] if folder else ["--run-dir", str(run.home)]
+        flags = ["--env-id", run.env_id, "--seed", str(run.seed), *shlex.split(run.flags)]
+        return [sys.executable, run.script, *flags, *where]
+    if run.final_episodes and not final(run):
+        temperatures = [f"{temperature:g}" for temperature in run.temperatures]
+        flags = ["--episodes", str(run.final_episodes), "--temperature", *temperatures]
+        return [sys.executable, "enjoy.py", str(folder), *flags, "--json", f"{run.home}/final.json"]
     return None
 
 
 def environment(run: Run) -> dict:
-    """One thread per run, as its matrices are small; who asked for no GPU sees none, or --device auto would take it."""
-    hide = not run.resources["num_gpus"] and shutil.which("nvidia-smi")
-    return {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if hide else {})
+    """One thread a run, as its matrices are small; who asked for no GPU sees none."""
+    hidden = {} if run.resources["num_gpus"] else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"OMP_NUM_THREADS": "1"} | hidden
 
 
 def note_start(run: Run) -> None:
-    """Adds a line to starts.jsonl: where and with which version of the script a run went on."""
-    cpuinfo, source = Path("/proc/cpuinfo"), Path(run.script).read_bytes()
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    note = {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else os.uname().machine,
-            "cores": os.cpu_count(), "python": sys.version.split()[0],
-            # The script's name in git: `git log --find-object` finds the commit that has exactly this version
-            "script_blob": hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest()}  # fmt: skip
-    if run.resources["num_gpus"] and shutil.which("nvidia-smi"):
+    """A line in starts.jsonl: when, where and with what a run was started or went on."""
+    info, source = Path("/proc/cpuinfo"), Path(run.script).read_bytes()
+    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    note = {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else os.uname().machine}
+    note["cores"] = os.cpu_count()
+    note |= {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    # The script's name in git; `git log --find-object` finds commits that have this version of it
+    note["script_blob"] = hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest()
+    if run.resources["num_gpus"]:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        note["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+        note["gpu"] = subprocess.check_output(query, text=True).splitlines()[0]
     with (run.home / "starts.jsonl").open("a") as file:
         print(json.dumps(note), file=file)
 
 
-@contextmanager
-def locked(run: Run):
-    """Yields log.txt, locked; BlockingIOError where another process is at this run for longer than LOCK_WAIT."""
-    run.home.mkdir(parents=True, exist_ok=True)
-    with (run.home / "log.txt").open("a") as log:
-        deadline = time.time() + LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.time() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield log
+def lock(log) -> None:
+    """Waits for another sweep that is at this run, and not in flock, which would hold up Ctrl-C."""
+    while True:
+        try:
+            return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)
 
 
 def execute(run: Run):
-    """Does the next thing that `plan` finds, its output in log.txt: (script, exit code), or None if nothing is left."""
-    libc, process = ctypes.CDLL(None), None  # loaded here: a forked child had better do as little as it can
+    """Does what `plan` finds, its output in log.txt; (script, exit code), None if nothing is."""
+    libc = ctypes.CDLL(None)
 
-    def die_with_parent():  # kill -9 lets a parent pass nothing on, and an orphan would keep the retry locked out
+    def die_with_parent():  # an orphan of a killed worker would keep the retry locked out
         if sys.platform == "linux":
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; scripts keep their files whole at any moment
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; scripts' files are always whole
 
-    with locked(run) as log:  # the child inherits the lock with its output: it holds as long as the child lives
-        command = plan(run)  # only now: who held the lock may have got further
+    run.home.mkdir(parents=True, exist_ok=True)
+    with (run.home / "log.txt").open("a") as log:
+        lock(log)  # the child inherits it with its output, and holds it too
+        command = plan(run)
         if command is None:
             return None
         print(f"$ {shlex.join(command)}", file=log, flush=True)
         if command[1] == run.script:
             note_start(run)
-        try:  # a session of its own: Ctrl-C reaches it only through us, once
-            process = subprocess.Popen(command, env=os.environ | environment(run), stdin=subprocess.DEVNULL,
-                                       stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                       preexec_fn=die_with_parent)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment(run),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us
+            preexec_fn=die_with_parent,
+        )
+        try:
             while process.poll() is None:
-                time.sleep(0.2)  # not wait(): ray.cancel interrupts only between two lines of Python
+                time.sleep(0.2)  # not wait(): ray.cancel interrupts only between lines of Python
         finally:
-            if process and process.poll() is None:
-                process.terminate()  # it finishes its step, saves and exits
-                process.wait()
+            process.terminate()
+            process.wait()
     return command[1], process.returncode
 
 
+def last_lines(run: Run, n: int) -> str:
+    return "\n    ".join((run.home / "log.txt").read_text(errors="replace").splitlines()[-n:])
+
+
 def work(run: Run) -> str:
-    """The Ray task, anywhere in the cluster: does all that is left of a run; how it ended, in words."""
+    """The Ray task: does all that is left of a run; how it ended, in words."""
     os.chdir(ROOT)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so shells start what is in the background, and it is
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited; but ray.cancel comes as this signal
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so shells start what is in the
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background; ray.cancel needs it
     kills = 0
-    try:
-        while done := execute(run):
-            script, code = done
-            kills += code < 0  # by a signal: somebody's kill -9, or the system that is out of memory
-            if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-                return "stopped"  # by somebody, and saved
-            idle = code == 0 and (left := plan(run)) and left[1] == script
-            if code > 0 or kills > RETRIES or idle:
-                return f"FAILED with exit code {code}"
-    except BlockingIOError:
-        return "busy"
+    while done := execute(run):
+        script, code = done
+        if "stopped; go on with" in last_lines(run, 1):
+            return "stopped"  # by somebody's Ctrl-C or kill
+        kills += code < 0  # by a signal: kill -9, or a system that is out of memory
+        idle = code == 0 and script == run.script and not is_trained(run)
+        if code > 0 or kills > RETRIES or idle:
+            return f"FAILED with exit code {code}"
     return "finished"
 
 
 # --- The sweep ---
-def connect(address: str, runs: list) -> None:
-    """ray.init(): this machine, or the cluster at `address`."""
+def connect(address: str, jobs: int, runs: list):
+    """Ray on this machine, or the cluster at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
-    os.environ.setdefault("RAY_worker_niceness", "0")  # or runs give way to everything else on the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or runs give way to everything else
     try:
         import ray
     except ImportError:
-        require(False, "Ray is not installed; pip install -r requirements/benchmark.txt, or take --dry-run's commands")
-    here = {} if address else {"include_dashboard": False, "object_store_memory": 100_000_000}  # nothing big is passed
-    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
-    for run in [] if address else runs:  # a cluster may grow; here such a run would wait for ever
+        require(False, "no Ray: pip install -r requirements/benchmark.txt, or see --dry-run")
+    local = dict(num_cpus=jobs or None, include_dashboard=False, object_store_memory=100_000_000)
+    where = dict(address=address) if address else dict(address="local", **local)
+    ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    for run in [] if address else runs:  # a cluster may grow; here it would wait for ever
         for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
             want, have = run.resources[key], ray.cluster_resources().get(name, 0)
-            advice = f"change resources in the spec {run.spec} or give a cluster's --address"
-            require(want <= have, f"{run.label}: wants {key} {want}, but this machine has {have:g}; {advice}")
-
-
-@contextmanager
-def display(state: dict, seen: dict):
-    """Yields a function that shows all runs: as a live table, or without a terminal as one line per event."""
-    told = dict.fromkeys(state, "queued")
-
-    def lines():
-        for run in (run for run in state if told[run] != state[run]):
-            print(f"{time.strftime('%H:%M:%S')} {state[run]:>10} {run.label}: {seen[run]}", flush=True)
-        told.update(state)
-
-    def table():
-        right = (Column(name, justify="right") for name in ("step", "return (frozen)", "minutes"))
-        out, order = Table("run", "state", *right, box=None), {"queued": 1, "finished": 2}
-        for run in sorted(state, key=lambda run: order.get(state[run], 0)):  # a small terminal cuts the end
-            r = seen[run]
-            numbers = (f"{r.step:,}/{r.total:,}", f"{r.steered:.0f} ({r.frozen:.0f})", f"{r.minutes:.1f}")
-            out.add_row(run.label, state[run], *(x.replace("nan (nan)", "") for x in numbers))
-        live.update(out, refresh=True)
-
-    if not sys.stdout.isatty():
-        yield lines
-        return
-    from rich.live import Live
-    from rich.table import Column, Table
-
-    with Live(auto_refresh=False) as live:
-        yield table
-
-
-def outcome(ref) -> str:
-    import ray
-
-    try:
-        return ray.get(ref)
-    except ray.exceptions.TaskCancelledError:
-        return "stopped"
-    except ray.exceptions.RayError as error:  # lost too often, or an error of ours
-        return f"FAILED in Ray: {str(error).strip().splitlines()[-1]}"
+            require(want <= have, f"{run.label}: wants {key} {want}, there are {have:g}")
+    return ray
 
 
 def sweep(runs: list, jobs: int, address: str):
-    """Does on Ray what is left of `runs`; (run -> how it ended, the signal that stopped it or 0)."""
-    seen, waiting = {run: look(run) for run in runs}, [run for run in runs if plan(run)]
-    state = {run: "queued" if run in waiting else "finished" for run in runs}
-    if not waiting:
-        return state, 0
-    connect(address, waiting)
-    import ray
+    """Does on Ray what is left of `runs`; (run -> how it ended, the signal that stopped it)."""
+    ends = {run: "finished" for run in runs if not plan(run)}
+    todo = sorted(set(runs) - set(ends), key=lambda run: (run.seed, runs.index(run)))
+    if not todo:  # by seed, so that a sweep which is stopped early leaves whole comparisons
+        return ends, 0
+    ray, stop, cancelled = connect(address, jobs, todo), [], False
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    task = ray.remote(max_retries=RETRIES)(work)  # Ray tries again where worker or machine is lost
+    active = {task.options(**run.resources).remote(run): run for run in todo}
+    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
 
-    starts = lambda run: sum(f.read_text().count("\n") for f in run.home.glob("starts.jsonl"))  # noqa: E731
-    before, active, cancelled = {run: starts(run) for run in runs}, {}, False
-    task = ray.remote(max_retries=RETRIES)(work)  # Ray tries again where the worker or its machine is gone
-    stop, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, lambda n, frame: stop.append(n)) for number in numbers]
-    with display(state, seen) as show:
-        while active or (waiting and not stop):
-            while waiting and len(active) < (jobs or len(runs)) and not stop:
-                run = waiting.pop(0)
-                active[task.options(**run.resources).remote(run)] = run
-            if stop and not cancelled:
-                cancelled = [ray.cancel(ref) for ref in active]  # interrupts `work`, and its child saves
-            if len(stop) > 1:  # who asks twice does not want to wait for that
-                break
-            ready = ray.wait(list(active), timeout=1)[0] if active else []
-            for ref, run in list(active.items()):
-                if n := starts(run) - before[run]:
-                    seen[run], state[run] = look(run), f"retry {n - 1}" if n > 1 else "training"
-                state[run] = "evaluating" if seen[run].finished and run.final_episodes else state[run]
-                if ref in ready:
-                    state[active.pop(ref)] = outcome(ref)
-            show()
+    while active and len(stop) < 2:  # who asks twice does not want to wait
+        if stop and not cancelled:
+            for ref in active:
+                ray.cancel(ref)  # interrupts `work`, which ends its child
+            cancelled = True
+        for ref in ray.wait(list(active), timeout=1)[0]:
+            run = active.pop(ref)
+            try:
+                ends[run] = ray.get(ref)
+            except ray.exceptions.RayError as error:  # cancelled, or its worker lost too often
+                ends[run] = "stopped" if stop else f"FAILED in Ray, {error}"
+            how = ends[run].partition("\n")[0]
+            print(time.strftime("%H:%M:%S"), how, run.label, describe(run), flush=True)
     ray.shutdown()
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
-    return state, stop[0] if stop else 0
-
-
-def report(run: Run, how: str) -> None:
-    log = run.home / "log.txt"
-    text = log.read_text(errors="replace").rpartition("\n$ ")[2] if log.exists() else ""
-    print(f"\n{run.label} {how}; the end of {log}:\n    " + "\n    ".join(text.splitlines()[-8:]))
+    return ends, stop[0] if stop else 0
 
 
 # --- Collect ---
-def condense(run: Run, out: Path) -> str:
-    """Writes LABEL.csv, .npz and .json of a run folder into `out`; what there is to say about it."""
-    import torch
-
-    folder, state = newest(run.home), look(run)
-    if folder is None:
-        return f"left out, no run folder in {run.home}" if run.home.exists() else "not started here"
-    try:
-        # Five significant digits are enough, whole numbers stay exact, columns that are empty throughout go
-        m = {k: v for k, v in read_csv(folder / "metrics.csv").items() if not np.isnan(v).all()}
-        short = lambda v: "" if np.isnan(v) else f"{v:.0f}" if v.is_integer() else f"{v:.5g}"  # noqa: E731
-        lines = [",".join(m), *(",".join(map(short, row)) for row in zip(*m.values(), strict=True)), ""]
-        with np.load(folder / "eval.npz", allow_pickle=False) as f:
-            # Each (evaluations, episodes); hands also have success_end and success_share
-            kept = [k for k in f.files if k in ("return", "length") or k.startswith("success")]
-            arrays = {k: f[k].astype(np.float32) for k in kept} | {"global_step": f["global_step"]}
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
-        meta = {"label": run.label, "spec": run.spec, "arm": run.arm, "env_id": run.env_id, "seed": run.seed,
-                "finished": state.finished, "steps": state.step, "minutes": round(state.minutes, 1),
-                "date": time.strftime("%Y-%m-%d", time.localtime((folder / "metrics.csv").stat().st_mtime)),
-                "device": "cpu" if checkpoint["cuda_rng"] is None else "cuda", "versions": checkpoint["versions"],
-                # Where and when it ran; a run that was started by hand does not say
-                "starts": [json.loads(s) for f in run.home.glob("starts.jsonl") for s in f.read_text().splitlines()],
-                "args": json.loads((folder / "args.json").read_text())}  # fmt: skip
-        if last := final(run):
-            pairs = [(who, key) for who in ("frozen", "steered") for key, v in last[who].items() if isinstance(v, list)]
-            arrays |= {f"final_{who}_{key}": np.float32(last[who].pop(key)) for who, key in pairs}  # (episodes,)
-            meta["final"] = {key: last[key] for key in ("episodes", "seed", "global_step", "frozen", "steered")}
-    except Exception as error:  # damaged files fail in many ways, and none of them may hide the other runs
-        return f"left out, half-written: {folder} ({type(error).__name__}: {str(error)[:90]})"
-    (out / f"{run.label}.csv").write_text("\n".join(lines))
+def condense(run: Run, out: Path) -> None:
+    """Writes LABEL.csv, .npz and .json of a run folder into `out`."""
+    folder = newest(run.home)
+    with np.load(folder / "eval.npz", allow_pickle=False) as file:
+        names = [name for name in KEPT if name in file and (run.paths or name != "path")]
+        arrays = {name: file[name].astype(KEPT[name]) for name in names}
+    header, *lines = (folder / "metrics.csv").read_text().splitlines()
+    rows = [[f"{float(x):.8g}" if x else "" for x in line.split(",")] for line in lines]
+    args = json.loads((folder / "args.json").read_text().replace(f"{ROOT}/", ""))
+    starts = run.home / "starts.jsonl"  # a run that was started by hand has none
+    meta = {key: getattr(run, key) for key in ("label", "spec", "arm", "env_id", "seed", "script")}
+    meta["finished"] = is_trained(run)
+    meta["args"] = {key: args[key] for key in args if key not in ("run_dir", "resume")}
+    meta["starts"] = [json.loads(line) for line in starts.open()] if starts.exists() else []
+    if last := final(run):
+        meta["final"] = {key: last[key] for key in ("episodes", "seed", "global_step")}
+        for who, tau in itertools.product(("frozen", "steered"), last["temperatures"]):
+            numbers, name = last[who][f"{tau:g}"], f"{who}_{tau:g}"
+            episodic = [key for key in numbers if isinstance(numbers[key], list)]
+            arrays |= {f"final_{name}_{k}": np.float32(numbers.pop(k)) for k in episodic}
+            meta["final"][name] = numbers
+    (out / f"{run.label}.csv").write_text("\n".join([header, *map(",".join, rows), ""]))
     (out / f"{run.label}.json").write_text(json.dumps(meta, indent=1) + "\n")
     np.savez_compressed(out / f"{run.label}.npz", **arrays)
-    lacks = ", no final evaluation" if run.final_episodes and not last else ""
-    return f"{'finished' if state.finished else 'UNFINISHED'}, {state}{lacks}"
 
 
 def collect(runs: list, results: Path) -> None:
-    """Condenses the run folders, finished or not, into small files to commit; others that lie there stay."""
-    for spec in dict.fromkeys(run.spec for run in runs):
-        own, out = [run for run in runs if run.spec == spec], results / spec
+    """Condenses the run folders, finished or not, into small files to commit."""
+    for run in runs:
+        if is_trained(run) and plan(run):
+            report(run, work(run))  # its final evaluation was missing
+        out = results / run.spec
         out.mkdir(parents=True, exist_ok=True)
-        for run in own:
-            if look(run).finished and plan(run) and (how := work(run)) != "finished":  # the final evaluation is missing
-                report(run, f"was not evaluated: {how}")
-            print(f"{run.label}: {condense(run, out)}")
-        names = [run.label for run in own if (out / f"{run.label}.json").exists()]
-        size = sum(f.stat().st_size for f in out.iterdir() if f.is_file()) / 1000
-        print(f"{out} holds {len(names)} of {len(own)} runs in {size:.0f} kB")
+        lacks = ", no final evaluation" if run.final_episodes and not final(run) else ""
+        state = "finished" if is_trained(run) else "UNFINISHED"
+        try:
+            if len(returns_of(run)[0]):
+                condense(run, out)
+            print(f"{run.label}: {state}, {describe(run)}{lacks}")
+        except Exception as error:  # damaged files fail in many ways, and hide no other run
+            print(f"{run.label}: left out ({type(error).__name__}: {error})")
+
+
+def report(run: Run, how: str) -> None:
+    if how.startswith("FAILED"):
+        print(f"\n{run.label} {how}; the end of {run.home}/log.txt:\n    {last_lines(run, 8)}")
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     args = tyro.cli(Args, description=__doc__)
-    require(args.jobs >= 0, f"--jobs {args.jobs}: must be 0, as many as the resources allow, or more")
     runs = [run for run in load_spec(args.spec, args.runs) if args.only in run.label]
-    require(runs, f"--only {args.only}: no label of {args.spec} has that in it; --dry-run shows them all")
+    require(runs, f"--only {args.only}: no run of {args.spec} has that in its label")
     if args.dry_run:
         for run in runs:
-            variables = " ".join(f"{key}={value}" for key, value in environment(run).items())
             command = plan(run)
-            done = f"# {run.label}: finished already, {look(run)}"
-            print(f"cd {ROOT} && {variables} {shlex.join(command)}" if command else done)
+            variables = " ".join(f"{key}={value}" for key, value in environment(run).items())
+            print(f"{variables} {shlex.join(command)}" if command else f"# {run.label} is finished")
         sys.exit()
-    state, stop = ({}, 0) if args.collect else sweep(runs, args.jobs, args.address)
-    for run, how in state.items():
-        if how.startswith("FAILED"):
-            report(run, how)
+    ends, stop = ({}, 0) if args.collect else sweep(runs, args.jobs, args.address)
+    for run, how in ends.items():
+        report(run, how)
     if stop:
-        print(f"stopped; the same command goes on from here: {shlex.join(['python', *sys.argv])}")
+        print(f"stopped; the same command goes on: {shlex.join(['python', *sys.argv])}")
         sys.exit(128 + stop)
     collect(runs, args.results)
-    sys.exit(any(how not in ("finished", "busy") for how in state.values()))
+    sys.exit(any(how != "finished" for how in ends.values()))
