@@ -3,7 +3,7 @@
 # ///
 """DSRL (diffusion steering via reinforcement learning) on Hopper, Walker2d and HalfCheetah.
 
-A fork of lpds_continuous.py: decoder, critics, updates of them, run folder are LP-DS's. Learned is
+A fork of lpds_continuous.py: decoder, critics, their updates and run folder are LP-DS's. Learned is
 another distribution of the input noise, a squashed Gaussian in a box, kept wide by an entropy
 bonus; nothing ties it to the prior N(0, I) that the decoder was trained on:
 
@@ -36,8 +36,8 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
 from entropy import knn_entropy  # noqa: E402
 
-# In place of the defaults of Args: the decoder, and what pilots on unreported seeds found better
-HALF = dict(utd=10, distill_steps=5)  # of DSRL's updates: nearly its return, in half the time
+# What differs from Args in an environment; numbers chosen on seeds that no reported result uses
+HALF = dict(utd=10, distill_steps=5)  # half of DSRL's (arXiv 2506.15799): near return, half time
 DEFAULTS = {
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-flow.pt", noise_bound=2.5, **HALF),
@@ -64,14 +64,13 @@ class Args:
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """run folder to continue from its last evaluation; exact on a CPU"""
+    """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     noise_bound: float = 1.5
     """b, half the side of the box of w; DSRL's released code has 1, whatever it is told"""
     alpha_init: float = 1.0
     """first temperature, in unscaled reward per nat"""
     target_entropy: float = 0.0
     """entropy that alpha holds, in nats over the box [-1, 1]^d before scaling; at most d log 2"""
-
     hidden_size: int = 256
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -93,9 +92,9 @@ class Args:
     prior_steps: int = 8_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
-    """steps after those in which only the critics learn; at first they make values up"""
+    """further steps in which only the critics learn, so that no policy follows made-up values"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto brings Q to order 1 to 10"""
+    """factor on rewards inside the critics; auto: see step (7) of the loop"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -112,7 +111,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the run to resume or DEFAULTS, those over Args; --help shows what holds."""
+    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -127,18 +126,14 @@ def parse_args() -> Args:
         flag = f"--{name.replace('_', '-')} {value}"
         free = not args.resume or name in ("resume", "total_timesteps")
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
-        positive = type(value) in (int, float) and name not in (
-            "seed",
-            "warmup_steps",
-            "target_entropy",
-        )
-        require(not positive or value > 0, f"{flag}: must be above 0")
+        zero = value == 0 and name in ("seed", "warmup_steps") or name == "target_entropy"
+        good = type(value) not in (int, float) or value > 0 or zero
+        require(good, f"{flag}: must be above 0")
     require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
-    known = f"{', '.join(DEFAULTS)} have a decoder; make one with pretrain_backbone.py"
-    require(args.backbone, f"--env-id {args.env_id}: {known}, give it as --backbone")
-    least = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
-    enough = args.total_timesteps >= least
-    require(enough, f"--total-timesteps {args.total_timesteps}: steers nothing new, give {least}")
+    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
+    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
+    need = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
+    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
     return args
 
 
@@ -150,16 +145,17 @@ class ActionChunk(gym.Wrapper):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
 
     def step(self, chunk):  # (d,)
-        total, self.steps = 0.0, 0  # steps: how many of the chunk were executed
+        total = 0.0
+        self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total, self.steps = total + reward, self.steps + 1
+            total += reward
+            self.steps += 1
             if terminated or truncated:
                 break  # differs from DSRL: its wrapper steps on and adds up the rewards
 
-        finite = np.isfinite(total) and np.isfinite(obs).all()
-        step = f"step {self.get_wrapper_attr('episode_lengths')} of an episode"
-        require(finite, f"--env-id {self.unwrapped.spec.id}: not finite in {step}, nothing is kept")
+        where = f"{self.unwrapped.spec.id}, step {self.get_wrapper_attr('episode_lengths')}"
+        require(np.isfinite([total, *obs]).all(), f"--env-id {where}: not finite, or --lr too high")
         return obs, total, terminated, truncated, info
 
 
@@ -169,8 +165,7 @@ def make_env(env_id: str, file: dict, **kwargs):
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
     fits = env.observation_space.shape == obs_min.shape and env.action_space.shape == low.shape
-    sizes = f"{len(obs_min)} observations and {len(low)} actions"
-    require(fits, f"--backbone: is for {sizes}, {env_id} has others; give one made for it")
+    require(fits, f"--backbone: {len(obs_min)} observations, {len(low)} actions; not {env_id}'s")
 
     # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
     env = gym.wrappers.ClipAction(env)
@@ -217,9 +212,9 @@ class Decoder(nn.Module):
             if self.kind == "flow":
                 x = x + prediction / len(self.time_emb)  # Euler's method
             else:
-                a, b, a_next, b_next = self.levels[i]
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and
-                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that fits it
+                a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
         return x.clamp(-1, 1)
 
 
@@ -277,7 +272,7 @@ class Agent(nn.Module):
         return self.decoder(obs, self.steer(obs, noise))
 
     def descend(self, network, loss) -> None:
-        """A step of this network alone, whatever the loss went through: Adam skips the others."""
+        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
         self.optimizer.zero_grad()
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
@@ -290,9 +285,8 @@ class Agent(nn.Module):
             w, log_prob = self.squash(batch["next_obs"], noise)
             next_action = self.decoder(batch["next_obs"], torch.where(self.started, w, noise))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
-            next_value -= (
-                self.alpha * self.started * log_prob
-            )  # its entropy is worth something, too
+            bonus = self.alpha * self.started * log_prob
+            next_value = next_value - bonus  # its entropy is worth something, too
             discount = self.args.gamma * (1 - batch["terminated"])
             target = self.reward_scale * batch["reward"] + discount * next_value
         q = self.q_a(batch["obs"], batch["action"])  # (2, B)
@@ -320,18 +314,17 @@ class Agent(nn.Module):
             "losses/log_prob": log_prob.mean(),
             "losses/alpha": self.alpha,
         }
-        info |= {"trust_region/kl": kl.mean()}
+        info["trust_region/kl"] = kl.mean()
         return {key: value.detach() for key, value in info.items()}
 
     def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A over the unshifted prior (lines 12-15): a step per slice of the batch."""
+        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
         n = self.args.batch_size
         noise = torch.randn_like(batch["action"])
         with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            action = self.decoder(batch["obs"], noise)
-            target = self.q_a(batch["obs"], action)  # (2, B): member to member, online
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
         for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
             self.descend(self.q_w, loss)
         return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
@@ -343,9 +336,10 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
         self.size, self.device = 0, device
 
     def add(self, *columns) -> None:  # obs, action, reward, next_obs, terminated, each (n, ...)
-        start, self.size = self.size, self.size + len(columns[0])
+        end = self.size + len(columns[0])
         for stored, column in zip(self.data.values(), columns):
-            stored[start : self.size] = torch.as_tensor(column)
+            stored[self.size : end] = torch.as_tensor(column)
+        self.size = end
 
     def sample(self, n: int, generator=None) -> dict:
         index = torch.randint(self.size, (n,), device=self.device, generator=generator)
@@ -374,8 +368,8 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    words = np.random.SeedSequence([seed, 0, 1])  # the third word: starts that training never has
-    obs, _ = envs.reset(seed=words.generate_state(envs.num_envs).tolist())
+    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
         action = policy(torch.as_tensor(obs, device=device), noise).cpu().numpy()
@@ -387,10 +381,9 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
 
 
 def save(path: Path, write) -> None:
-    """write(file), beside `path`, then renamed: killed at any moment, `path` stays whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
+    """Writes beside `path`, then renames: killed at any moment, what `path` held stays whole."""
+    temporary = path.with_name("tmp-" + path.name)
+    write(temporary)
     temporary.replace(path)
 
 
@@ -398,7 +391,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     columns = dict.fromkeys(key for row in rows for key in row)  # what a row lacks stays empty
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
-    save(run / "metrics.csv", lambda file: file.write(text.encode()))
+    save(run / "metrics.csv", partial(Path.write_text, data=text))
     if track:
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
@@ -418,14 +411,16 @@ if __name__ == "__main__":
     require(known, f"--backbone {path}: not of format 2; try python backbones/convert_dppo.py")
     decoder = Decoder(file).to(args.device)
     make = partial(make_env, args.env_id, file)
-    vector = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    envs, eval_envs = vector([make] * args.num_envs), vector([make] * args.eval_episodes)
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=mode)
+    eval_envs = gym.vector.SyncVectorEnv([make] * args.eval_episodes, autoreset_mode=mode)
     agent = Agent(args, decoder).to(args.device)
     replay = Replay(args.total_timesteps + args.num_envs, decoder.obs_dim, decoder.dim, args.device)
 
-    # Run folder: a new one, with a copy of the decoder so that it can be moved, or that to resume
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    # Run folder: the one to resume, or a new one; it keeps its decoder, so that it can be moved
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # unique
     run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
     rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
         state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
@@ -433,10 +428,8 @@ if __name__ == "__main__":
         agent.optimizer.load_state_dict(state["optimizer"])
         replay.add(*state["replay"].values())
         rows, evals = state["rows"], state["evals"]
-    else:
-        run.mkdir(parents=True)
     save(run / "backbone.pt", partial(torch.save, file))
-    save(run / "args.json", lambda file: file.write(json.dumps(asdict(args), indent=1).encode()))
+    save(run / "args.json", partial(Path.write_text, data=json.dumps(asdict(args), indent=1)))
     if args.track:
         import wandb
 
@@ -456,7 +449,8 @@ if __name__ == "__main__":
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
-        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+        state["agent"] = agent.state_dict()
+        state["optimizer"] = agent.optimizer.state_dict()
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
@@ -476,8 +470,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Start afresh: environments and all noise to come follow from seed and step. Episodes
-        #     are cut as by a time limit; for that, a resume needs no state of any simulator
+        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -502,8 +495,8 @@ if __name__ == "__main__":
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior roll-outs, the unit of value: the mean reward for ever is
-            #     worth 15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags
+            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
+            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
@@ -519,7 +512,7 @@ if __name__ == "__main__":
                 batch = replay.sample(args.batch_size * args.distill_steps)
                 info |= agent.update_latent_critic(batch)
 
-            # (9) Log; only here are losses read back from the device
+            # (9) Log the latest losses; only here are they read back from the device
             if global_step // args.log_every > before // args.log_every or global_step >= until:
                 row = {"global_step": global_step, "wall_seconds": time.time() - started}
                 row["charts/SPS"] = global_step / row["wall_seconds"]
