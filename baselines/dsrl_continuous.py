@@ -408,9 +408,7 @@ if __name__ == "__main__":
     require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
     file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     known = file.get("format") == 2 and file["solver"] in ("ddim", "euler")
-    require(
-        known, f"--backbone {path}: no DDIM or Euler of format 2; see backbones/convert_dppo.py"
-    )
+    require(known, f"--backbone {path}: no DDIM or Euler of format 2; convert_dppo.py may help")
     decoder = Decoder(file).to(args.device)
     make = partial(make_env, args.env_id, file)
     mode = gym.vector.AutoresetMode.SAME_STEP
