@@ -1,374 +1,421 @@
-"""enjoy.py on a real, tiny run: its numbers against the script's own functions, the exported program in a process that
-knows nothing of this repository, the film frame by frame, and what users can get wrong.
-
-Most cases run enjoy.py in this process (runpy, as __main__): the same code without three seconds of imports each.
+"""enjoy.py on tiny runs: its numbers against the script's own functions and against formulas, the
+exported program in a process that knows nothing of this repository, the film frame by frame, and
+what users get wrong or strangers put into a run folder.
 """
 
 import json
 import os
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, call, checkpoint, decoder_file, finish, metrics, refused
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lpds_continuous as script
+import enjoy
+import lpds_continuous as lpds
+from entropy import knn_entropy
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Hopper-v4 is old
 OBS, ACT, CHUNK = 11, 3, 4
-CONFIG = {
-    "kind": "diffusion", "obs_dim": OBS, "action_dim": ACT, "chunk": CHUNK, "hidden": [32, 32, 32], "cond_hidden": [],
-    "time_dim": 16, "activation": "relu", "train_steps": 20, "sample_steps": 5,
-}  # fmt: skip
-SETTINGS = (
-    "--total-timesteps 1200 --prior-steps 400 --warmup-steps 0 --hidden-size 32 --batch-size 32 --utd 2 "
-    "--distill-steps 2 --eval-every 600 --eval-episodes 2 --log-every 300 --lr 0.003 --no-progress"
-)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+TINY = dict(hidden_size=16, batch_size=32, utd=1, distill_steps=1, lr=0.003, num_envs=1)
+TINY |= dict(prior_steps=200, warmup_steps=100, total_timesteps=600, log_every=100)
+TINY |= dict(eval_every=300, eval_episodes=2)
+
+
+def tiny(script: str) -> list:
+    """Those of TINY that the script has."""
+    fields = re.findall(r"^    (\w+): ", (ROOT / script).read_text(), re.MULTILINE)
+    return [f"--{name.replace('_', '-')}={TINY[name]}" for name in TINY if name in fields]
+
+
+def save(path: Path, **entries) -> None:
+    torch.save(torch.load(path, weights_only=True) | entries, path)
+
+
+def log_resets(name: str):
+    """before(): every reset with seeds, of a vector of environments, becomes a line of a file."""
+    original = gym.vector.SyncVectorEnv.reset
+
+    def reset(self, *, seed=None, options=None):
+        with open(name, "a") as file:
+            print(json.dumps(seed), file=file)
+        return original(self, seed=seed, options=options)
+
+    gym.vector.SyncVectorEnv.reset = reset
+
+
+def resets(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory):
-    """A run of lpds_continuous.py on Hopper, 1,200 steps, with an untrained decoder.
+def folder(tmp_path_factory):
+    """A folder with a run on Hopper, with a decoder of noise: it falls after a few steps."""
+    folder = tmp_path_factory.mktemp("enjoy")
+    file = decoder_file(OBS, ACT, CHUNK)
+    # On one side wider than Hopper's [-1, 1], on the other narrower: a forgotten clip shows
+    file["normalization"]["action_min"] = torch.tensor([-1.4, -0.9, -0.5])
+    file["normalization"]["action_max"] = torch.tensor([0.8, 1.0, 1.6])
+    file["normalization"]["obs_max"] = torch.linspace(0.5, 3, OBS)
+    torch.save(file, folder / "tiny.pt")
+    flags = ["--env-id", "Hopper-v4", "--backbone", "tiny.pt", *tiny("lpds_continuous.py")]
+    finish(folder, "lpds_continuous.py", *flags, before=partial(log_resets, "train.txt"))
+    return folder
 
-    So short a run may never beat its frozen decoder, and best.pt would hold Delta = 0: it gets one that shows.
-    """
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    decoder = script.Decoder(CONFIG)
-    generator = np.random.default_rng(0)
-    normalization = {
-        "obs_min": torch.as_tensor(-1 - generator.random(OBS), dtype=torch.float32),
-        "obs_max": torch.as_tensor(1 + 3 * generator.random(OBS), dtype=torch.float32),
-        # wider than Hopper's box on one side and narrower on the other: forgetting the clip or a bound shows
-        "action_min": torch.tensor([-1.4, -0.9, -0.5]),
-        "action_max": torch.tensor([0.8, 1.0, 1.6]),
-    }
-    card = {"env_id": "Hopper-v4", "frozen_return": 0.0}
-    file = {"format": 1, "kind": "diffusion", "config": CONFIG, "normalization": normalization, "card": card}
-    torch.save(file | {"model": decoder.state_dict()}, folder / "tiny.pt")
-    command = [sys.executable, ROOT / "lpds_continuous.py", "--env-id", "Hopper-v4", "--backbone", folder / "tiny.pt"]
-    command += ["--run-dir", folder, *SETTINGS.split()]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    (run,) = folder.glob("Hopper-v4__*")
-    best = torch.load(run / "best.pt", weights_only=True)
-    agent, loop = best["agent"], best["loop"] | {"global_step": 600}
-    head = max(name for name in agent if name.startswith("perturbation") and name.endswith("weight"))
-    agent[head] = 0.2 * torch.randn(agent[head].shape, generator=torch.Generator().manual_seed(1))
-    change(run / "best.pt", agent=agent, loop=loop)
+
+@pytest.fixture(scope="session")
+def run(folder):
+    (run,) = (folder / "runs").iterdir()
     return run
 
 
 @pytest.fixture
-def copy(run_folder, tmp_path):
-    """A run folder that a test may damage."""
-    shutil.copytree(run_folder, tmp_path / "run")
-    return tmp_path / "run"
+def copy(run, tmp_path):
+    """A run that a test may change."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-@pytest.fixture
-def enjoy(capsys, monkeypatch):
-    """enjoy(*arguments) -> (exit code, stdout, stderr), with interpreter state as it was."""
-
-    def call(*arguments):
-        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-        threads, before = torch.get_num_threads(), set(sys.modules)
-        monkeypatch.setattr(sys, "argv", ["enjoy.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", sys.path.copy())
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "enjoy.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-            torch.set_num_threads(threads)
-            for name in set(sys.modules) - before:
-                if name.startswith("run_"):
-                    del sys.modules[name]
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
-
-
-def subprocess_enjoy(*arguments, at=ROOT, **environment):
-    command = [sys.executable, at / "enjoy.py", *map(str, arguments)]
-    return subprocess.run(command, env=ENV | environment, capture_output=True, text=True, timeout=100, cwd="/")
-
-
-def change(path, **entries):
-    torch.save(torch.load(path, weights_only=True) | entries, path)
-
-
-def load(run):
-    """(agent, make, normalization) from the run folder through the script's own functions."""
-    state = torch.load(run / "best.pt", weights_only=True)
-    args = replace(script.Args(**state["args"]), resume=str(run))
-    decoder, normalization, _ = script.load_decoder(args)
-    agent = script.Agent(args, decoder.freeze())
-    agent.load_state_dict(state["agent"])
-    return agent, lambda: script.make_env("Hopper-v4", CHUNK, normalization), normalization
-
-
-def table(text):
-    """Label -> (frozen, steered) numbers in a printed row."""
-    rows = {}
-    for line in text.splitlines():
-        cells = re.split(r"\s{3,}", line.strip())
-        if len(cells) == 3:
-            rows[cells[0]] = [[float(x) for x in cell.split(" +- ")] for cell in cells[1:]]
-    return rows
-
-
-# The table
-
-
-def test_table_is_what_the_scripts_own_functions_give(run_folder, enjoy, tmp_path):
-    code, out, err = enjoy(run_folder, "--episodes", 3, "--json", tmp_path / "n.json")
+def played(folder: Path, *flags, before=None, script="enjoy.py") -> tuple:
+    """(numbers of --json, stdout)"""
+    flags = [*flags, "--json", "n.json"]
+    code, out, err = call(folder, script, *flags, before=before)
     assert code == 0, err
-    numbers = json.loads((tmp_path / "n.json").read_text())
-    agent, make, _ = load(run_folder)
-    envs, seen = [make() for _ in range(3)], []
-
-    def steered(obs, noise):
-        seen.append(obs)
-        return agent.act(obs, noise)
-
-    frozen = script.evaluate(agent.decoder, envs, 2_000_000, "cpu")
-    steered = script.evaluate(steered, envs, 2_000_000, "cpu")
-    for column, expected in (("frozen", frozen), ("steered", steered)):
-        for key in ("return", "length", "success"):
-            assert numbers[column][key] == expected[key].tolist()
-    assert numbers["frozen"]["return"] != numbers["steered"]["return"]  # else the columns could be swapped unseen
-
-    with torch.no_grad():
-        shift = agent.perturbation(torch.cat(seen)).double()
-    sq_norm = shift.square().mean().item()  # --delta-norm mean
-    assert numbers["steered"]["sq_norm"] == pytest.approx(sq_norm, rel=1e-5) and sq_norm > 1e-3
-    assert numbers["steered"]["ratio"] == pytest.approx(sq_norm / 0.5, rel=1e-5)  # Hopper's delta
-    assert numbers["steered"]["kl"] == pytest.approx(shift.square().sum(1).mean().item() / 2, rel=1e-5)
-    assert [numbers["frozen"][k] for k in ("sq_norm", "ratio", "kl")] == [0, 0, 0]
-    assert numbers["frozen"]["entropy"] != numbers["steered"]["entropy"]
-
-    rows = table(out)
-    assert rows["return"][0] == pytest.approx([frozen["return"].mean(), frozen["return"].std()], abs=0.006)
-    assert rows["return"][1] == pytest.approx([steered["return"].mean(), steered["return"].std()], abs=0.006)
-    assert rows["E||Delta||^2 / delta (0.5)"][1] == pytest.approx([sq_norm / 0.5], abs=6e-5)
-    assert len(rows) == 8 and all(np.isfinite(sum(cells, [])).all() for cells in rows.values())
+    return json.loads((folder / "n.json").read_text()), out
 
 
-def test_entropy_is_over_visited_states(run_folder, enjoy, tmp_path):
-    """From the definition: 64 draws at each of 64 visited states. Other draws: equal within the estimator's noise."""
-    enjoy(run_folder, "--episodes", 3, "--json", tmp_path / "n.json")
-    numbers = json.loads((tmp_path / "n.json").read_text())
-    agent, make, _ = load(run_folder)
+def load(run: Path, name="checkpoint.pt"):
+    file = torch.load(run / "backbone.pt", weights_only=True)
+    args = lpds.Args(**json.loads((run / "args.json").read_text()))
+    agent = lpds.Agent(args, lpds.Decoder(file))
+    agent.load_state_dict(checkpoint(run, name)["agent"])
+    return agent, file
+
+
+def evaluated(run: Path, name: str, tau: float, group: int) -> tuple:
+    """(20 episodes by the script's own functions, observations that the policy was shown)"""
+    agent, file = load(run)
+    policy = {"frozen": agent.decoder, "steered": agent.act}[name]
     seen = []
-    script.evaluate(lambda o, w: (seen.append(o), agent.act(o, w))[1], [make() for _ in range(3)], 2_000_000, "cpu")
-    obs = torch.cat(seen).repeat_interleave(64, 0)
-    noise = torch.randn(len(obs), CHUNK * ACT, generator=torch.Generator().manual_seed(5))
+
+    def tempered(obs, noise):
+        seen.append(obs)
+        return policy(obs, tau * noise)
+
+    make = partial(lpds.make_env, "Hopper-v4", file)
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([make] * 20, autoreset_mode=same_step)
+    seed = int(np.random.SeedSequence(1).generate_state(group + 1)[group])
+    return lpds.evaluate(tempered, envs, "cpu", seed), torch.cat(seen)
+
+
+# --- the table ---
+
+
+def test_numbers_are_those_of_the_scripts_own_functions(run, tmp_path):
+    numbers, out = played(tmp_path, run, "--episodes", 23, "--temperature", 1, 0.5)
+    assert [numbers[key] for key in ("episodes", "seed", "temperatures")] == [23, 1, [1, 0.5]]
+    last = checkpoint(run)["rows"][-1]["global_step"]
+    assert numbers["global_step"] == last >= 600 and numbers["script"] == "lpds_continuous.py"
+
+    rows = [(tau, name) for tau in (1, 0.5) for name in ("frozen", "steered")]
+    returns = set()
+    for (tau, name), line in zip(rows, out.splitlines()[-4:]):
+        (a, _), (b, _) = (evaluated(run, name, tau, group) for group in (0, 1))
+        found = numbers[name][f"{tau:g}"]
+        for key in ("return", "length", "success"):
+            assert found[key] == (a[key] + b[key])[:23], (tau, name, key)
+        x = np.array(found["return"])
+        cells = [f"{tau:g}", name, f"{x.mean():.1f}", "+-", f"{x.std(ddof=1) / 23**0.5:.1f}"]
+        assert line.split()[:5] == cells
+        assert line.split()[11:13] == [f"{found['entropy']:.3f}", f"{found['ties']:.3f}"]
+        returns.add(x.sum())
+    assert len(returns) == 4  # else rows could be swapped unseen
+
+
+def test_entropy_delta_and_kl_are_those_of_the_visited_states(run, tmp_path):
+    numbers, _ = played(tmp_path, run, "--temperature", 0.5)
+    agent, _ = load(run)
+    _, obs = evaluated(run, "steered", 0.5, 0)
+    shift = agent.perturbation(obs).detach()
+    found = numbers["steered"]["0.5"]
+    assert found["sq_norm"] == pytest.approx(shift.square().mean().item(), rel=1e-4)
+    w, prior = torch.distributions.Normal(shift, 0.5), torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(w, prior).sum(1).mean().item()
+    assert found["kl"] == pytest.approx(kl, rel=1e-4) and shift.square().mean() > 1e-4
+
+    noise = 0.5 * torch.randn(64 * len(obs), CHUNK * ACT)  # all states, other draws
     for name, policy in (("frozen", agent.decoder), ("steered", agent.act)):
-        with torch.no_grad():
-            entropy, ties = script.knn_entropy(policy(obs, noise).view(-1, 64, CHUNK * ACT))
-        assert numbers[name]["entropy"] == pytest.approx(entropy.item(), abs=0.5)
-        assert numbers[name]["ties"] == pytest.approx(ties.item(), abs=0.02)
+        actions = policy(obs.repeat_interleave(64, 0), noise).view(len(obs), 64, -1)
+        entropy, ties = knn_entropy(actions)
+        assert numbers[name]["0.5"]["entropy"] == pytest.approx(float(entropy), abs=0.5)
+        assert numbers[name]["0.5"]["ties"] == pytest.approx(float(ties), abs=0.02)
 
 
-def test_last_checkpoint_and_fallback(copy, enjoy):
-    code, last, err = enjoy(copy, "--episodes", 1, "--checkpoint", "last")
-    assert code == 0, err
-    assert "checkpoint.pt at step" in last
-    assert "step 12" in last and "note" not in err
-    (copy / "best.pt").unlink()
-    code, out, err = enjoy(copy, "--episodes", 1)
-    assert code == 0 and out == last
-    assert "no best.pt" in err
+def test_without_delta_both_play_the_same_and_temperature_0_is_one_action(copy, tmp_path):
+    agent = checkpoint(copy)["agent"]
+    head = [key for key in agent if key.startswith("perturbation")][-2:]
+    save(copy / "checkpoint.pt", agent=agent | {key: 0 * agent[key] for key in head})
+    numbers, out = played(tmp_path, copy, "--episodes", 3)  # temperatures 1 and 0
+    assert numbers["temperatures"] == [1, 0]
+    for tau in ("1", "0"):  # so starts and noise are the same
+        assert numbers["steered"][tau].items() >= numbers["frozen"][tau].items()
+    assert numbers["frozen"]["0"]["ties"] == 1 and "kl" not in numbers["steered"]["0"]
+    assert re.search(r"^0 +steered .* - +1\.000 +0\.000 +-$", out, re.MULTILINE)  # no entropy
 
 
-def test_best_at_step_0_is_explained(copy, enjoy):
-    loop = torch.load(copy / "best.pt", weights_only=True)["loop"]
-    change(copy / "best.pt", loop=loop | {"global_step": 0})
-    code, out, err = enjoy(copy, "--episodes", 1)
-    assert code == 0 and "at step 0" in out and "Delta is 0" in err
+def test_more_episodes_begin_with_the_same_and_best_is_another(copy, tmp_path):
+    few, _ = played(tmp_path, copy, "--episodes", 20, "--temperature", 1)
+    many, _ = played(tmp_path, copy, "--episodes", 21, "--temperature", 1)
+    assert many["steered"]["1"]["return"][:20] == few["steered"]["1"]["return"]
+    state = checkpoint(copy)
+    state["rows"] = state["rows"][:1]
+    state["agent"] = {k: -3 * v if "perturbation" in k else v for k, v in state["agent"].items()}
+    torch.save(state, copy / "best.pt")
+    best, _ = played(tmp_path, copy, "--temperature", 1, "--checkpoint", "best")
+    assert best["global_step"] == 0 and best["frozen"] == few["frozen"] | best["frozen"]
+    assert best["steered"]["1"]["return"] != few["steered"]["1"]["return"]
 
 
-def test_action_perturbation_has_no_kl(copy, enjoy, tmp_path):
-    """LP-DS-A shifts actions: the table says "-" where the noise formula would be wrong; the program follows."""
-    args = torch.load(copy / "best.pt", weights_only=True)["args"]
-    change(copy / "best.pt", args=args | {"perturb": "action", "delta_norm": "sum"})
-    outputs = ("--json", tmp_path / "n.json", "--export", tmp_path / "p.pt2")
-    code, out, err = enjoy(copy, "--episodes", 2, *outputs)
-    assert code == 0, err
-    assert re.search(r"KL to the prior \(nats\) +- +-\n", out)
-    steered = json.loads((tmp_path / "n.json").read_text())["steered"]
-    assert steered["kl"] is None and steered["ratio"] == pytest.approx(steered["sq_norm"] / 0.5)
-    assert float(re.search(r"largest difference ([-+.e\d]+) ", out)[1]) < 1e-5
+def test_no_episode_is_one_of_training_or_of_its_evaluation(folder, run, tmp_path):
+    trained = {seed for seeds in resets(folder / "train.txt") for seed in seeds}
+    assert len(trained) >= 4
+    starts = []
+    for seed in (0, 1, 2):
+        flags = (run, "--seed", seed, "--episodes", 40, "--temperature", 1)
+        played(tmp_path, *flags, before=partial(log_resets, f"{seed}.txt"))
+        first, second, *again = resets(tmp_path / f"{seed}.txt")
+        assert again == [first, second]  # frozen and steered start alike
+        starts += first + second
+    assert len({*starts}) == 3 * 40 and not trained & {*starts}
 
 
-def test_fork_in_baselines(copy, enjoy, tmp_path):
-    """A copied enjoy.py finds the script in baselines/ beside it, from another working folder."""
-    for name in ("enjoy.py", "entropy.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "baselines").mkdir()
-    change(copy / "best.pt", script="fork.py")
-    code, _, err = enjoy(copy, "--episodes", 1)
-    assert code == 2 and "fork.py" in err
-    shutil.copy(ROOT / "lpds_continuous.py", tmp_path / "baselines" / "fork.py")
-    done = subprocess_enjoy(copy, "--episodes", 1, at=tmp_path)
-    assert done.returncode == 0 and "made by fork.py" in done.stdout, done.stderr
+SCRIPTS = {
+    "lpds_adroit_flow.py": "AdroitHandPen-v1",
+    "lpds_toy.py": "MultiGoal-v0",
+    "baselines/dsrl_continuous.py": "Hopper-v4",
+    "baselines/dsrl_adroit_flow.py": "AdroitHandPen-v1",
+    "baselines/dsrl_toy.py": "MultiGoal-v0",
+    "baselines/lpds_action_continuous.py": "Hopper-v4",
+}
 
 
-# The exported program
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_plays_every_script(script, tiny_backbone, tmp_path):
+    env_id, name = SCRIPTS[script], SCRIPTS[script].split("-v")[0]
+    kind = "diffusion" if name == "Hopper" else "flow"
+    flags = ["--env-id", env_id, "--backbone", tiny_backbone(name, kind), *tiny(script)]
+    run = finish(tmp_path, script, *flags)
+    numbers, _ = played(tmp_path, run, "--episodes", 2, "--curves", "c.png")
+    steered = numbers["steered"]["1"]
+    assert numbers["script"] == Path(script).name and np.isfinite(steered["return"]).all()
+    assert ("sq_norm" in steered) == ("lpds" in script)
+    assert ("kl" in steered) == ("lpds" in script and "action" not in script)
+    assert (tmp_path / "c.png").is_file()
+
+
+# --- the curves ---
+
+
+def test_curves_show_every_column_and_the_level_of_the_frozen_policy(run, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: drawn.append(f) or savefig(f, *a, **k)
+    )
+    enjoy.draw_curves(run, load(run)[0].args, str(tmp_path / "c.png"))
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    lines = {line.get_label(): line for axis in drawn[0].axes for line in axis.lines}
+    rows, evals = metrics(run), np.load(run / "eval.npz")
+    for key in [key for keys in enjoy.PANELS.values() for key in keys]:
+        points = [(float(row["global_step"]), float(row[key])) for row in rows if row[key]]
+        np.testing.assert_allclose(np.transpose(lines[key].get_data()), points)
+        assert (lines[key].get_linestyle() == "--") == ("frozen" in key) and points
+    assert {*lines["eval/frozen_return"].get_ydata()} == {evals["return"][0].mean()}
+    assert {*lines["delta"].get_ydata()} == {0.5}  # Hopper's
+
+
+# --- the exported program ---
 
 FRESH = """
-import sys, json, torch
-extra = {"metadata.json": ""}
-policy = torch.export.load(sys.argv[1], extra_files=extra).module()
+import sys, torch
+policy = torch.export.load(sys.argv[1]).module()
 inputs = torch.load(sys.argv[2], weights_only=True)
-torch.save([policy(obs, eps) for obs, eps in inputs], sys.argv[3])
+torch.save([policy(obs, noise) for obs, noise in inputs], sys.argv[3])
 assert not {"gymnasium", "mujoco", "entropy", "lpds_continuous", "tyro"} & set(sys.modules)
-print(extra["metadata.json"])
+for obs, noise in inputs:
+    for bad in (float("nan"), float("inf")):
+        for broken in (obs.clone(), noise.clone()):
+            broken[-1, 1] = bad
+            try:
+                policy(broken, noise) if broken.shape == obs.shape else policy(obs, broken)
+            except RuntimeError as error:
+                assert "not finite" in str(error)
+            else:
+                raise SystemExit("an action was made of what is not finite")
 """
 
 
-class Notes(gym.Env):
-    """Hopper's spaces, no physics: keeps the actions that reach it."""
+@pytest.mark.slow
+def test_program_does_what_the_script_does_and_needs_torch_alone(run, tmp_path):
+    code, out, err = call(tmp_path, "enjoy.py", run, "--episodes", 0, "--export", "p.pt2")
+    assert (code, err) == (0, "") and "frozen" not in out  # nothing is evaluated, nothing warned of
+    generator = torch.Generator().manual_seed(3)
+    inputs = []
+    for n in (1, 5):
+        obs = 3 * torch.randn(n, OBS, generator=generator, dtype=torch.float64)
+        inputs.append((obs, 2 * torch.randn(n, CHUNK * ACT, generator=generator)))
+    torch.save(inputs, tmp_path / "in.pt")
+    files = [tmp_path / name for name in ("p.pt2", "in.pt", "out.pt")]
+    command = [sys.executable, "-I", "-c", FRESH, *files]
+    fresh = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert fresh.returncode == 0, fresh.stderr
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float64)
-    action_space = gym.spaces.Box(-1.0, 1.0, (ACT,), np.float32)
+    agent, file = load(run)
+    stats = {key: value.double().numpy() for key, value in file["normalization"].items()}
+    outputs = torch.load(tmp_path / "out.pt", weights_only=True)
+    for (obs, noise), found in zip(inputs, outputs):
+        share = (obs.numpy() - stats["obs_min"]) / (stats["obs_max"] - stats["obs_min"] + 1e-6)
+        action = agent.act(torch.as_tensor(2 * share - 1).float(), noise).numpy()
+        action = (action.reshape(len(obs), CHUNK, ACT) + 1) / 2
+        action = action * (stats["action_max"] - stats["action_min"]) + stats["action_min"]
+        np.testing.assert_allclose(found.numpy(), action.clip(-1, 1), atol=1e-5)
+        assert (abs(action) > 1).any()  # the clip took part
 
-    def __init__(self):
-        self.actions = []
+
+def test_program_that_differs_from_the_script_is_not_written(run, tmp_path):
+    source = (ROOT / "lpds_continuous.py").read_text()
+    changed = source.replace("* (high - low) + low, unit", "* (high - low) + 0.9 * low, unit")
+    assert changed != source
+    (tmp_path / "fork.py").write_text(changed)
+    flags = ("--episodes", 0, "--script", "fork.py", "--export", "p.pt2")
+    refused(call(tmp_path, "enjoy.py", run, *flags), "--export", "fork.py")
+    assert not (tmp_path / "p.pt2").exists()
+
+
+# --- the film ---
+
+PAINTED = """
+
+class Painted(gym.Env):  # lasts until the sum of the actions passes a limit; a picture tells time
+    observation_space = gym.spaces.Box(-9, 9, (11,))
+    action_space = gym.spaces.Box(-1, 1, (3,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.level = 0, self.np_random.random()
+        return np.full(11, self.level, np.float32), {}
 
     def step(self, action):
-        self.actions.append(action)
-        return np.zeros(OBS), 0.0, False, False, {}
+        self.t += 1
+        self.level += abs(float(action[0]))
+        return np.full(11, self.level, np.float32), 1.0, self.level > 5, False, {}
+
+    def render(self):
+        assert self.render_mode
+        return np.full((64, 96, 3), min(5 * self.t, 250), np.uint8)
 
 
-@pytest.mark.parametrize("suffix", ["policy.pt2", "policy.pt"])
-def test_export_runs_without_this_repository(run_folder, enjoy, tmp_path, suffix):
-    code, out, err = enjoy(run_folder, "--episodes", 0, "--export", tmp_path / suffix)
-    assert code == 0, err
-    assert "steered" not in out  # --episodes 0 evaluates nothing
-    generator, inputs = torch.Generator().manual_seed(3), []
-    for n in (1, 5):
-        inputs.append((3 * torch.randn(n, OBS, generator=generator), torch.randn(n, CHUNK * ACT, generator=generator)))
-    torch.save(inputs, tmp_path / "in.pt")
-    files = [tmp_path / name for name in (suffix, "in.pt", "out.pt")]
-    fresh = subprocess.run([sys.executable, "-I", "-c", FRESH, *files], capture_output=True, text=True, cwd="/")
-    assert fresh.returncode == 0, fresh.stderr  # torch only warns of a name without .pt2
-    metadata = json.loads(fresh.stdout)
-    assert (metadata["obs_dim"], metadata["d"], metadata["env_id"]) == (OBS, CHUNK * ACT, "Hopper-v4")
-    assert metadata["chunk"] == CHUNK and metadata["dtype"] == "float32"
-
-    agent, _, normalization = load(run_folder)
-    clipped = 0
-    for (obs, eps), chunk in zip(inputs, torch.load(tmp_path / "out.pt", weights_only=True), strict=True):
-        assert chunk.shape == (len(obs), CHUNK, ACT) and chunk.dtype == torch.float32
-        wrapper = script.ActionChunk(Notes(), CHUNK, normalization)
-        with torch.no_grad():
-            actions = agent.act(torch.as_tensor(np.stack([wrapper.normalize(o) for o in obs.numpy()])), eps)
-        for action in actions.numpy():
-            wrapper.step(action)
-        expected = np.stack(wrapper.env.actions).reshape(len(obs), CHUNK, ACT)
-        np.testing.assert_allclose(chunk.numpy(), expected, atol=1e-5)
-        clipped += (np.abs(expected) == 1).sum()
-    assert clipped  # the action box took part
+gym.register("Painted-v0", Painted, max_episode_steps=50)
+"""
 
 
-def test_program_that_differs_is_not_written(copy, enjoy, tmp_path):
-    """A script whose wrapper does something enjoy.py does not know of."""
-    source = (ROOT / "lpds_continuous.py").read_text()
-    fork = tmp_path / "fork.py"
-    assert source.count("(np.asarray(action, np.float64).reshape") == 1
-    fork.write_text(
-        source.replace("(np.asarray(action, np.float64).reshape", "(np.asarray(0.9 * action, np.float64).reshape")
+@pytest.fixture
+def painted(copy, tmp_path):
+    """A run in an environment that paints, and its script."""
+    pytest.importorskip(
+        "imageio_ffmpeg", reason='no imageio[ffmpeg]: pip install "imageio[ffmpeg]"'
     )
-    code, _, err = enjoy(copy, "--episodes", 0, "--script", fork, "--export", tmp_path / "p.pt2")
-    assert code == 2 and "--export" in err
-    assert not list(tmp_path.glob("*p.pt2"))
+    source = (ROOT / "lpds_continuous.py").read_text()
+    (tmp_path / "fork.py").write_text(
+        source.replace("\n\nif __name__ ==", PAINTED + "\n\nif __name__ ==")
+    )
+    args = json.loads((copy / "args.json").read_text()) | {"env_id": "Painted-v0"}
+    (copy / "args.json").write_text(json.dumps(args))
+    return copy, "--script", "fork.py"
 
 
-# The film
-
-
-@pytest.fixture(scope="session")
-def egl():
-    pytest.importorskip("imageio_ffmpeg", reason='no imageio[ffmpeg]: pip install "imageio[ffmpeg]"')
-    test = "import mujoco; mujoco.GLContext(64, 64).make_current()"
-    done = subprocess.run([sys.executable, "-c", test], env=ENV | {"MUJOCO_GL": "egl"}, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("no EGL here: " + done.stderr.strip().splitlines()[-1])
-
-
-def test_film_shows_every_primitive_step(run_folder, egl, enjoy, tmp_path):
+def test_film_shows_every_step_of_both_policies_at_each_temperature(painted, tmp_path):
     import imageio.v3 as imageio
 
-    options = ("--episodes", 2, "--video-episodes", 2)
-    done = subprocess_enjoy(run_folder, *options, "--video", tmp_path / "f.mp4", "--json", tmp_path / "film.json")
+    flags = (*painted, "--episodes", 21)
+    video = ("--video", "f.mp4", "--video-episodes", 2)
+    plain, _ = played(tmp_path, *flags)
+    numbers, _ = played(tmp_path, *flags, *video)
+    assert numbers == plain  # filming changes nothing
+    frames = imageio.imread(tmp_path / "f.mp4").astype(int)
+    expected = []
+    for tau in ("1", "0"):
+        for pair in zip(*(numbers[name][tau]["length"][:2] for name in ("frozen", "steered"))):
+            times = np.arange(max(pair) + 1)  # from the reset on; the shorter one waits
+            expected += [np.minimum(times[:, None], pair)]
+    expected = np.minimum(5 * np.concatenate(expected), 250)
+    assert frames.shape == (len(expected), 64, 192, 3) and (expected[:, 0] != expected[:, 1]).any()
+    found = np.stack([frames[:, 50:, x : x + 96].mean((1, 2, 3)) for x in (0, 96)], 1)
+    assert abs(found - expected).max() < 4  # ffmpeg's loss
+    assert frames[:, 8:34].std((1, 2, 3)).min() > 10  # the label
+
+
+@pytest.mark.slow
+def test_film_of_mujoco(run, tmp_path):
+    pytest.importorskip(
+        "imageio_ffmpeg", reason='no imageio[ffmpeg]: pip install "imageio[ffmpeg]"'
+    )
+    environment = os.environ | {"MUJOCO_GL": "egl"}
+    check = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
+    able = subprocess.run(check, env=environment, capture_output=True, text=True)
+    if able.returncode:
+        pytest.skip("no EGL here: " + able.stderr.strip().splitlines()[-1])
+    source = (ROOT / "lpds_continuous.py").read_text()
+    short = source.replace("gym.make(env_id,", "gym.make(env_id, max_episode_steps=3,")
+    (tmp_path / "fork.py").write_text(short)
+    flags = ["--script", "fork.py", "--episodes", "1", "--temperature", "1", "--video", "f.mp4"]
+    command = [sys.executable, ROOT / "enjoy.py", run, *flags]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    enjoy(run_folder, "--episodes", 2, "--json", tmp_path / "plain.json")
-    numbers = json.loads((tmp_path / "film.json").read_text())
-    assert numbers == json.loads((tmp_path / "plain.json").read_text())  # filming changes nothing
+    import imageio.v3 as imageio
+
     frames = imageio.imread(tmp_path / "f.mp4")
-    lengths = list(zip(numbers["frozen"]["length"], numbers["steered"]["length"], strict=True))
-    assert frames.shape == (sum(max(pair) + 1 for pair in lengths), 480, 960, 3)  # + 1: where the episode starts
-    assert frames.std() > 20  # there is something to see
-    assert (frames[-1, :40] > 220).all(-1).sum() > 50  # the label
-    differs = np.abs(frames[:, 60:, :480].astype(int) - frames[:, 60:, 480:]).max(-1) > 60
-    assert differs[0].mean() < 3e-4 < 1e-3 < differs[max(lengths[0])].mean()  # the same start, and another end
-    assert {p.name for p in tmp_path.iterdir()} == {"f.mp4", "film.json", "plain.json"}
+    assert frames.shape == (4, 480, 960, 3) and frames.std() > 20
 
 
-def test_camera_follows():
-    """Gymnasium's own stands where the episode starts; a walker leaves the picture after 150 steps."""
-    record = runpy.run_path(str(ROOT / "enjoy.py"), run_name="enjoy")["record"]
+def break_drawing():
+    def render(self):
+        raise RuntimeError("no\nscreen")
+
+    gym.envs.mujoco.MujocoEnv.render = render
+
+
+def test_where_nothing_can_be_drawn_one_sentence(run, tmp_path):
+    pytest.importorskip(
+        "imageio_ffmpeg", reason='no imageio[ffmpeg]: pip install "imageio[ffmpeg]"'
+    )
+    result = call(tmp_path, "enjoy.py", run, "--video", "f.mp4", before=break_drawing)
+    refused(result, "--video", "screen", "MUJOCO_GL=egl")
+
+
+def test_camera_follows_a_walker():
+    """Gymnasium's own stands where the episode starts; a walker leaves the picture."""
     env = gym.make("Hopper-v4", render_mode="rgb_array")
-    record(env)
+    enjoy.Camera(env)
     model, renderer = env.unwrapped.model, env.unwrapped.mujoco_renderer
     assert model.camera(renderer.camera_id).name == "track"
 
 
-def test_without_opengl_one_sentence(run_folder, tmp_path):
-    pytest.importorskip("imageio_ffmpeg")
-    done = subprocess_enjoy(run_folder, "--episodes", 1, "--video", tmp_path / "f.mp4", MUJOCO_GL="nonsense")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "libegl1" in done.stderr and "MUJOCO_GL" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_drawing_that_fails_later_one_sentence(copy, enjoy, tmp_path, monkeypatch):
-    pytest.importorskip("imageio_ffmpeg")
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
-    broken = "from gymnasium.envs.mujoco import MujocoEnv\nMujocoEnv.render = lambda self: None.glGetError()\n"
-    from gymnasium.envs.mujoco import MujocoEnv
-
-    monkeypatch.setattr(MujocoEnv, "render", MujocoEnv.render)  # put back afterwards
-    source = (ROOT / "lpds_continuous.py").read_text()
-    (tmp_path / "fork.py").write_text(source.replace("@dataclass\nclass Args", broken + "@dataclass\nclass Args", 1))
-    code, _, err = enjoy(copy, "--episodes", 1, "--script", tmp_path / "fork.py", "--video", tmp_path / "f.mp4")
-    assert code == 2 and "libegl1" in err and "glGetError" in err and len(err.splitlines()) == 1
-
-
-def test_without_imageio_one_sentence(run_folder, enjoy, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    code, _, err = enjoy(run_folder, "--episodes", 1, "--video", tmp_path / "f.mp4")
-    assert code == 2 and 'pip install "imageio[ffmpeg]"' in err
-
-
-# What users can get wrong: exit code 2, one sentence that names the flag or file
+# --- strangers' files and mistakes ---
 
 
 class Malicious:
@@ -379,110 +426,60 @@ class Malicious:
         return os.system, (f"touch {self.marker}",)
 
 
-def damage(run, how, tmp_path):
-    best = run / "best.pt"
-    content = torch.load(best, weights_only=True)
-    if how == "no checkpoint":
-        best.unlink()
-        (run / "checkpoint.pt").unlink()
-    elif how == "garbage":
-        best.write_bytes(b"this is no checkpoint" * 99)
-    elif how == "truncated":
-        best.write_bytes(best.read_bytes()[:5000])
-    elif how == "empty":
-        best.write_bytes(b"")
-    elif how == "list":
-        torch.save([1, 2], best)
-    elif how == "no agent":
-        torch.save({k: v for k, v in content.items() if k != "agent"}, best)
-    elif how == "unknown field":
-        change(best, args=content["args"] | {"colour": "red"})
-    elif how == "other size":
-        change(best, args=content["args"] | {"hidden_size": 16})
-    elif how == "wrong type":
-        change(best, args=content["args"] | {"hidden_size": "wide"})
-    elif how == "malicious":
-        torch.save(content | {"loop": Malicious(tmp_path / "executed")}, best)
-    elif how == "script outside":  # a checkpoint must not choose what is imported
-        (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-        change(best, script=str(tmp_path / "evil.py"))
-    elif how == "backbone":
-        (run / "backbone.pt").write_bytes(b"this is no decoder")
+@pytest.mark.parametrize("name", ["checkpoint.pt", "backbone.pt"])
+@pytest.mark.parametrize("how", ["malicious", "garbage", "missing"])
+def test_nothing_in_a_file_is_run(name, how, copy, tmp_path):
+    content = checkpoint(copy, name)
+    (copy / name).unlink()
+    if how == "malicious":
+        torch.save(content | {"rows": Malicious(tmp_path / "executed")}, copy / name)
+    if how == "garbage":
+        (copy / name).write_bytes(b"no tensors" * 99)
+    result = call(tmp_path, "enjoy.py", copy, "--episodes", 1)
+    refused(result, name)
+    assert "weights_only" not in result[2] and not (tmp_path / "executed").exists()
 
 
-DAMAGES = (
-    "no checkpoint", "garbage", "truncated", "empty", "list", "no agent", "unknown field", "other size", "wrong type",
-    "malicious", "script outside", "backbone",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_run(how, copy, enjoy, tmp_path):
-    damage(copy, how, tmp_path)
-    code, out, err = enjoy(copy, "--episodes", 1)
-    named = {"backbone": "backbone.pt", "script outside": "evil.py", "no checkpoint": "run: "}.get(how, "best.pt")
-    assert code == 2 and named in err and not out
-    assert len(err.splitlines()) == 1 and "weights_only" not in err
+def test_a_checkpoint_does_not_choose_what_is_imported(copy, tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    save(copy / "checkpoint.pt", script=str(tmp_path / "evil.py"))
+    refused(call(tmp_path, "enjoy.py", copy), "--script", "evil.py")
     assert not (tmp_path / "executed").exists()
 
 
+def test_run_of_another_version_of_the_script(copy, tmp_path):
+    args = json.loads((copy / "args.json").read_text())
+    (copy / "args.json").write_text(json.dumps(args | {"colour": "red"}))
+    refused(call(tmp_path, "enjoy.py", copy), "lpds_continuous.py", "version")
+
+
+def test_curves_before_the_first_evaluation(copy, tmp_path):
+    (copy / "metrics.csv").unlink()
+    flags = ("--episodes", 0, "--curves", "c.png")
+    refused(call(tmp_path, "enjoy.py", copy, *flags), "--curves", "no evaluation")
+
+
 WRONG = {
-    "{tmp}/nowhere": "nowhere",
-    "{tmp}": "best.pt",
-    "{run} --script {tmp}/none.py": "--script",
-    "{run} --script {root}/entropy.py": "entropy.py: defines no Args",
-    "{run} --script {root}/README.txt": "--script",
-    "{run} --device toaster": "--device toaster",
-    "{run} --episodes -1": "--episodes -1",
-    "{run} --seed -1": "--seed -1",
-    "{run} --episodes 0": "--episodes 0",
-    "{run} --episodes 0 --export {tmp}/p.pt2 --json {tmp}/n.json": "--episodes 0",
-    "{run} --video {tmp}/f.gif": "--video",
-    "{run} --video {tmp}/f.mp4 --episodes 2 --video-episodes 3": "--video-episodes 3",
-    "{run} --video {tmp}/none/f.mp4": "--video",
-    "{run} --export {tmp}/none/p.pt2": "--export",
-    "{run} --export {tmp}/p.onnx": "must end in .pt",
-    "{run} --json {tmp}/none/n.json": "--json",
-    "{run} --json {tmp}": "--json",
-    "{run} --json {run}/args.json": "part of the run",
+    "nowhere": "nowhere/checkpoint.pt",
+    "RUN --script none.py": "--script none.py",
+    "RUN --video f.gif": ".mp4",
+    "RUN --export p.pt": ".pt2",
+    "RUN --curves c.txt": ".png",
+    "RUN --json none/n.json": "--json none/n.json",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_argument(line, run_folder, enjoy, tmp_path):
-    before = (run_folder / "args.json").read_bytes()
-    code, out, err = enjoy(*line.format(tmp=tmp_path, run=run_folder, root=ROOT).split())
-    assert code == 2 and WRONG[line] in err and not out
-    assert err.startswith("enjoy.py: error: ") and len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir()) and (run_folder / "args.json").read_bytes() == before
+def test_wrong_argument(line, run, tmp_path):
+    flags = line.replace("RUN", str(run)).split()
+    refused(call(tmp_path, "enjoy.py", *flags), WRONG[line])
 
 
-def test_script_that_cannot_be_imported(run_folder, enjoy, tmp_path):
-    (tmp_path / "needs.py").write_text("import a_package_nobody_has\n")
-    code, _, err = enjoy(run_folder, "--script", tmp_path / "needs.py")
-    assert code == 2 and "a_package_nobody_has" in err and len(err.splitlines()) == 1
-
-
-def test_a_process_says_the_same(tmp_path):
-    done = subprocess_enjoy(tmp_path / "nowhere")
-    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
-
-
-def test_write_leaves_whole_files_or_none(tmp_path, capsys):
-    write = runpy.run_path(str(ROOT / "enjoy.py"), run_name="enjoy")["write"]
-    path = tmp_path / "p.pt2"
-    path.write_text("old")
-
-    def full_disk(temporary):
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("module, flag", [("matplotlib", "curves"), ("PIL", "video")])
+def test_missing_package_one_sentence(module, flag, run, tmp_path, monkeypatch, capsys):
+    file = {"curves": "c.png", "video": "f.mp4"}[flag]
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(run), f"--{flag}", str(tmp_path / file)])
     with pytest.raises(SystemExit) as stop:
-        write("export", path, full_disk)
-    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with path.open() as reader:
-        write("export", path, lambda p: p.write_text("new"))
-        assert reader.read() == "old"  # renamed, not overwritten: who reads meanwhile sees one whole file
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+        enjoy.parse_args()
+    refused((stop.value.code, "", capsys.readouterr().err), f"--{flag}", "pip install")
