@@ -1,32 +1,26 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.1", "mujoco>=3.2,<3.10", "numpy>=1.26", "tyro>=0.9",
-#   "tqdm>=4.66", "matplotlib>=3.8", "wandb>=0.18"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "mujoco<3.10", "tyro>=0.9", "matplotlib"]
 # ///
-"""DSRL in the two small worlds of lpds_toy.py: four goals, and 24 routes around six posts.
+"""DSRL (diffusion steering via reinforcement learning) in the two worlds of lpds_toy.py.
 
-Forked from lpds_toy.py; the method is that of dsrl_continuous.py. Learned is another distribution of the input noise, a
-squashed Gaussian in a box, kept wide by an entropy bonus at temperature alpha; nothing ties it to the prior N(0, I):
+A fork of lpds_toy.py; the method is dsrl_continuous.py's. Learned is another distribution of the
+input noise, a squashed Gaussian in a box, kept wide by an entropy bonus; nothing ties it to the
+prior N(0, I) that the decoder was trained on:
 
-    w = b tanh(mu_theta(s) + sigma_theta(s) eps),  eps ~ N(0, I)        max_theta  E[Q^W(s, w) - alpha log pi(w | s)]
+    w = b tanh(mu_theta(s) + sigma_theta(s) eps)     max_theta E[Q^W(s, w) - alpha log pi(w | s)]
 
     python baselines/dsrl_toy.py
     python baselines/dsrl_toy.py --env-id Avoiding
-    python baselines/dsrl_toy.py --resume runs/FOLDER
+    python baselines/dsrl_toy.py --resume runs/RUN_FOLDER
 
-A run folder gets metrics.csv, eval.npz, checkpoint.pt, best.pt and curves.png. docs/lpds_toy.md compares it with LP-DS.
+Source: Wagenmaker et al. 2025, arXiv 2506.15799. Compared with LP-DS in docs/lpds_toy.md.
 """
 
-import hashlib
 import json
 import math
-import os
-import shlex
-import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,897 +32,585 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py and backbones/ lie one folder up
-from entropy import knn_entropy  # noqa: E402
+# What differs from Args in a world; all as in lpds_toy.py
+AVOIDING = dict(total_timesteps=50_000, eval_every=5_000, eval_episodes=200, hidden_size=128)
+AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, utd=5)
+DEFAULTS = {
+    "MultiGoal": dict(backbone="multigoal-flow.pt"),
+    "Avoiding": dict(backbone="avoiding-scripted-diffusion.pt", **AVOIDING),
+}
 
 
 @dataclass
 class Args:
-    # DSRL
-    variant: Literal["na"] = "na"
-    """na: Q^A on actions, distilled into Q^W on noise; for sac see dsrl_continuous.py"""
-    noise_bound: float = 1.5
-    """b, half the side of the box of w"""
-    alpha_init: float = 1.0
-    """first temperature, in unscaled reward per nat"""
-    target_entropy: float = 0.0
-    """entropy that the temperature holds, in nats over the box [-1, 1]^d (before scaling); at most d log 2"""
-    # --- shared: toy settings ---
-    # World and budget, in primitive environment steps
-    env_id: Literal["MultiGoal", "Avoiding"] = "MultiGoal"
-    """four goals in the plane, or 24 routes around six posts (MuJoCo)"""
-    start_std: float = 0.0
-    """MultiGoal: spread of the start around the origin, where all is open; beside it the nearest goal is taken"""
-    reward: Literal["sparse", "dppo"] = "sparse"
-    """Avoiding: 1 once behind the line, which ends the episode, as a contact or 150 steps do; or DPPO's, 100 steps"""
-    decoder: Literal["flow", "diffusion"] = "flow"
-    """MultiGoal: kind of the decoder, cloned on first use and then kept in --run-dir"""
+    env_id: str = "MultiGoal"
+    """MultiGoal, four goals in the plane, or Avoiding, 24 routes past six posts (MuJoCo)"""
     backbone: str = ""
-    """another decoder file, of pretrain_backbone.py"""
-    total_timesteps: int = 20_000
-    """length of the run, prior roll-outs included"""
-    num_envs: int = 10
-    """environments stepped together"""
-    prior_steps: int = 2_000
-    """steps of the frozen policy before any training"""
-    warmup_steps: int = 3_000
-    """steps after those in which only the critics learn, as Delta would follow what they make up at first"""
+    """decoder file, or the name of one in backbones/"""
     seed: int = 1
-    """seed of networks and noise; runs on a CPU repeat to the bit"""
+    """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
+    total_timesteps: int = 20_000
+    """length of the run, in primitive environment steps like every number of steps below"""
     device: str = "cpu"
-    """cpu is fastest here; or cuda, cuda:1"""
-    # Critics and update ratio
-    hidden_size: int = 64
-    """width of the policy and of the critics"""
-    num_layers: int = 2
-    """hidden layers of each"""
-    layer_norm: bool = False
-    """LayerNorm and tanh, as in the other scripts, instead of ReLU: a sharper and less steady picture"""
-    lr: float = 3e-4
-    """Adam's learning rate, all networks"""
-    batch_size: int = 128
-    """action chunks per gradient step"""
-    gamma: float = 0.99
-    """discount per action chunk"""
-    tau: float = 0.005
-    """Polyak step of the target critic, once per gradient step"""
-    utd: int = 2
-    """updates of each network per vector step, that is for num_envs action chunks"""
-    reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto brings Q to order 1 to 10; reported returns are never scaled"""
-    # Evaluation and run folder
-    eval_every: int = 1_000
-    """steps between evaluations, each with a row of metrics.csv and a checkpoint"""
-    eval_episodes: int = 1_000
-    """episodes of an evaluation, always with the same noise"""
-    track: bool = False
-    """log to Weights & Biases too; set WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE as usual"""
-    no_progress: bool = False
-    """no progress bar"""
+    """cpu, which is fastest here, or cuda"""
     exp_name: str = Path(__file__).stem
     """part of the run folder's name"""
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """folder of a run or of a sweep to continue, exactly"""
+    """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
+    noise_bound: float = 1.5
+    """b, half the side of the box of w; DSRL's released code has 1, whatever it is told"""
+    alpha_init: float = 1.0
+    """first temperature, in unscaled reward per nat"""
+    target_entropy: float = 0.0
+    """entropy that alpha holds, in nats over the box [-1, 1]^d before scaling; at most d log 2"""
+    hidden_size: int = 64
+    """width of the three hidden layers of policy and critics"""
+    lr: float = 3e-4
+    """Adam's learning rate, all networks"""
+    batch_size: int = 256
+    """action chunks per gradient step"""
+    gamma: float = 0.99
+    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    tau: float = 0.005
+    """Polyak step of the target critic, once per gradient step"""
+    num_envs: int = 10
+    """environments stepped together"""
+    utd: int = 2
+    """updates of each network per vector step, that is for num_envs action chunks"""
+    prior_steps: int = 2_000
+    """steps of the unsteered policy before any training"""
+    warmup_steps: int = 3_000
+    """further steps in which only the critics learn, so that no policy follows made-up values"""
+    reward_scale: float | Literal["auto"] = "auto"
+    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    eval_every: int = 2_000
+    """steps between evaluations, each with a row, a checkpoint and a fresh start of the worlds"""
+    eval_episodes: int = 1_000
+    """episodes of an evaluation, the same ones every time"""
 
 
-# --- end shared: toy settings ---
-
-
-# What a world fills in where the user set nothing
-PRESETS = {"MultiGoal": {}, "Avoiding": dict(total_timesteps=50_000, eval_every=5_000)}
-PRESETS["Avoiding"] |= dict(prior_steps=5_000, warmup_steps=5_000)
-PRESETS["Avoiding"] |= dict(eval_episodes=200, hidden_size=128, layer_norm=True, utd=5)
-LOWEST = dict.fromkeys("gamma tau prior_steps warmup_steps start_std seed".split(), 0) | dict(target_entropy=-1e99)
-BACKBONES = Path(__file__).resolve().parents[1] / "backbones"
-
-
-# --- shared: toy command line ---
-# What --resume accepts anew: budget and logging. Anything else would be another experiment under the same name.
-FREE = ("total_timesteps", "eval_every", "track", "no_progress", "resume")
-
-
-def parse_args(argv=None) -> Args:
-    """Command line -> Args: flags win over the resumed run or the preset, and those over the defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    asked = [flag for flag in argv if flag not in ("-h", "--help")]  # help comes below, with the preset's values
-    args = tyro.cli(Args, args=asked, description=__doc__)
-    base = Args(**PRESETS[args.env_id])
-    if args.resume:
-        with blame(f"--resume {args.resume}: no run, its args.json cannot be read; give a folder under --run-dir"):
-            stored = json.loads(Path(args.resume, "args.json").read_text())
-            base = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
-    args = tyro.cli(Args, args=argv, default=base, description=__doc__)
-    for name, value in asdict(args).items():
-        flag, was = f"--{name.replace('_', '-')} {value}", getattr(base, name)
-        same = not args.resume or value == was or name in FREE and (name != "total_timesteps" or value > was)
-        require(same, f"{flag}: {args.resume} has {was}; only {', '.join(FREE)} may change, the budget only upwards")
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                low = LOWEST.get(name, 1 if type(number) is int else 1e-99)
-                high = 1 if name in ("gamma", "tau") else 1e99
-                require(low <= number <= high, f"{flag}: must lie in [{low:g}, {high:g}]; --help says what is usual")
-    quiet = args.prior_steps + args.warmup_steps
-    late = f"--total-timesteps {args.total_timesteps}: steering starts only after {quiet} steps; give more"
-    require(quiet < args.total_timesteps, f"{late}, or lower --prior-steps or --warmup-steps")
-    return args
-
-
-# --- end shared: toy command line ---
-# --- shared: errors ---
 def require(condition, message: str) -> None:
-    """Unless condition holds, ends the program as argparse does: one sentence on stderr, exit code 2."""
+    """Ends the program with one sentence in place of a traceback, for mistakes easily made."""
     if not condition:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
-@contextmanager
-def blame(message: str):
-    """Whatever fails inside ends the program with `message` and the reason, in one sentence."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+def parse_args() -> Args:
+    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
+    base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
+    if args.resume:
+        run = Path(args.resume)
+        require((run / "checkpoint.pt").is_file(), f"--resume {run}: has no checkpoint.pt")
+        stored = json.loads((run / "args.json").read_text())
+        require(stored.keys() == asdict(args).keys(), f"--resume {run}: is of another script")
+        base = Args(**stored)
+    args = tyro.cli(Args, default=base, description=f"{__doc__}\nDefaults for {base.env_id}:")
 
-
-def read_tensors(path: Path, flag: str) -> dict:
-    """A file of plain tensors. It is untrusted: weights_only never runs what a pickle asks for."""
-    with blame(f"{flag} {path}: no file of plain tensors, nothing in it was run"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-# --- end shared: errors ---
-# --- shared: worlds ---
-class MultiGoalVector(gym.vector.VectorEnv):
-    """LP-DS, appendix B: points in [-2, 2]^2 move by half of their action in [-1, 1]^2; four goals, 20 steps.
-
-    The reward of a step is that of the state it starts from: 10 within 0.2 of a goal, less the distance to the nearest.
-    All episodes end together; final_info has success, mode (index of the first goal reached, or -1) and path (21, 2).
-    """
-
-    GOALS = np.array([[-1, -1], [1, 1], [-1, 1], [1, -1]], np.float32)  # in the order of the panels of figure 10
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-
-    def __init__(self, num_envs: int = 1, start_std: float = 0.0):
-        self.num_envs, self.start_std = num_envs, start_std
-        self.single_observation_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = np.zeros((self.num_envs, 2), np.float32)
-        if self.start_std:
-            self.position += self.start_std * self.np_random.standard_normal((self.num_envs, 2), np.float32)
-        self.path, self.returns, self.mode = [self.position], np.zeros(self.num_envs), np.full(self.num_envs, -1)
-        return self.position, {}
-
-    def step(self, actions):
-        distance = np.linalg.norm(self.position[:, None] - self.GOALS, axis=-1)  # (n, 4)
-        reward = 10.0 * (distance.min(1) < 0.2) - distance.min(1)
-        self.position = np.clip(self.position + 0.5 * np.clip(actions, -1, 1), -2, 2).astype(np.float32)
-        self.path, self.returns = [*self.path, self.position], self.returns + reward
-        distance = np.linalg.norm(self.position[:, None] - self.GOALS, axis=-1)
-        self.mode = np.where((self.mode < 0) & (distance.min(1) < 0.2), distance.argmin(1), self.mode)
-        ended = np.full(self.num_envs, len(self.path) > 20)
-        info = {"steps": np.ones(self.num_envs, int), "success": self.mode >= 0}
-        if ended.all():
-            paths, lengths = np.stack(self.path, 1), np.full(self.num_envs, 20)
-            info |= {"mode": self.mode, "path": paths, "episode": {"r": self.returns, "l": lengths}}
-            info = {"final_info": info, "final_obs": self.position}
-            self.reset()
-        return self.position, reward, np.zeros(self.num_envs, bool), ended, info
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        free = not args.resume or name in ("resume", "total_timesteps")
+        require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
+        zero = value == 0 and name in ("seed", "warmup_steps") or name == "target_entropy"
+        good = type(value) not in (int, float) or value > 0 or zero
+        require(good, f"{flag}: must be above 0")
+    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
+    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
+    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
+    need = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
+    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
+    return args
 
 
 class MultiGoal(gym.Env):
-    """One MultiGoalVector environment, for gym.make."""
+    """LP-DS, appendix B: a point moves by half its action, for 20 steps; obs (2,) is where it is.
 
-    def __init__(self, start_std: float = 0.0):
-        self.vector = MultiGoalVector(1, start_std)
-        self.observation_space = self.vector.single_observation_space
-        self.action_space = self.vector.single_action_space
+    All start exactly at the origin, equally far from four goals. The reward of a step is that of
+    where it starts: 10 within 0.2 of a goal, less the distance to the nearest.
+    """
+
+    GOALS = np.array([[-1, -1], [1, 1], [-1, 1], [1, -1]])  # in the order of figure 10
+    CIRCLES = [(x, y, 0.2) for x, y in GOALS]
+    observation_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (2,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.vector.reset(seed=seed)[0][0], {}
+        self.time, self.mode = 0, -1
+        self.path = np.zeros((21, 2))
+        return self.path[0], {}
 
     def step(self, action):
-        obs, reward, _, ended, info = self.vector.step(np.asarray(action)[None])
-        final = info.get("final_info", info)
-        info = {key: value[0] for key, value in final.items() if key != "episode"}
-        return info.get("path", obs)[-1], float(reward[0]), False, bool(ended[0]), info
+        position = self.path[self.time]
+        distance = np.linalg.norm(position - self.GOALS, axis=1)  # (4,)
+        inside = distance.min() < 0.2
+        if inside and self.mode < 0:
+            self.mode = int(distance.argmin())  # the first goal counts
+        self.time += 1
+        self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)
+        info = {"success": self.mode >= 0, "mode": self.mode, "path": self.path}
+        return self.path[self.time], 10.0 * inside - distance.min(), False, False, info
 
 
 class Avoiding(gym.Env):
-    """D3IL's Avoiding task in the plane: a rod passes six posts without touching any; 2 x 3 x 4 = 24 routes.
+    """D3IL's Avoiding task: a rod has to pass three rows of posts and touch none; 24 routes do.
 
-    obs (4,): desired xy, and measured xy before the last action was executed (D3IL's lag), in metres. action (2,): by
-    how much the desired xy moves, in metres, in 35 ms. The arm is a polar one (turn, reach) whose PD control on a
-    filtered target was fitted to motions of D3IL's Panda. reward "dppo", DPPO's: in each of 100 steps -0.1 after a
-    contact, else -0.1 outside 0.2 < x < 0.8, else 1 behind y = 0.4. "sparse": 1 once y > 0.35, which ends the episode
-    as a contact does, or 150 steps do. info: success (was behind y = 0.35 before any contact), collided, mode (the
-    route, 0 to 23, of a success; else -1), path (151, 2) of the rod, repeating the last point.
+    obs (4,): the desired xy, and where the rod was before the last action, D3IL's lag; action (2,):
+    by how much the desired xy moves in 35 ms; all in metres. Crossing y = 0.35 is worth 1 and ends
+    the episode, as a touch does. The arm turns and reaches, and is fitted to that of D3IL's Panda.
     """
 
-    POSTS = np.array([[0.5, -0.1, 0.03], [0.425, 0.08, 0.025], [0.575, 0.08, 0.025], [0.35, 0.26, 0.025],
-                      [0.5, 0.26, 0.025], [0.65, 0.26, 0.025]])  # x, y, radius  # fmt: skip
-    START, ROD, REACH = np.array([0.52492847, -0.27973673]), 0.01, 0.8114
-    CONTROL = (("turn", 0.027, 22.509, 1.8696, 1.3105), ("reach", 0.0813, 1068.37, 62.834, 2.3215))  # tau, kp, kd, f
-    LEVELS = ((-0.1, [0.5]), (0.08, [0.425, 0.575]), (0.26, [0.35, 0.5, 0.65]))  # y, and x of the posts there
+    ROWS = [(-0.1, 0.03, [0.5]), (0.08, 0.025, [0.425, 0.575]), (0.26, 0.025, [0.35, 0.5, 0.65])]
+    CIRCLES = [(x, y, radius) for y, radius, row in ROWS for x in row]
+    START = np.array([0.52492847, -0.27973673])
+    MOTORS = [("turn", 0.027, 22.509, 1.8696, 1.3105), ("reach", 0.0813, 1068.37, 62.834, 2.3215)]
+    observation_space = gym.spaces.Box(-2.0, 2.0, (4,), np.float64)
+    action_space = gym.spaces.Box(-0.02, 0.02, (2,))  # people used at most 0.0154
 
-    def __init__(self, reward: Literal["dppo", "sparse"] = "dppo"):
-        self.reward, self.horizon = reward, {"dppo": 100, "sparse": 150}[reward]
-        self.observation_space = gym.spaces.Box(-2.0, 2.0, (4,), np.float64)
-        self.action_space = gym.spaces.Box(-0.02, 0.02, (2,), np.float64)  # people used at most 0.0154
-        posts = "".join(f'<geom type="cylinder" pos="{x} {y} 0" size="{r} 0.1"/>' for x, y, r in self.POSTS)
-        motors = ""  # together kp (g - q) + kd (f g' - q'), g' = (target - g) / tau: PD on a filtered g
-        for direct in (False, True):
-            for joint, tau, kp, kd, f in self.CONTROL:
-                filtered = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
-                gain = kd * f / tau if direct else kp - kd * f / tau
-                motors += f'<general joint="{joint}" gainprm="{gain}" {"" if direct else filtered}/>'
-        self.model = mujoco.MjModel.from_xml_string(f"""
-            <mujoco><option timestep="0.001" gravity="0 0 0" cone="elliptic" impratio="3"/><worldbody>{posts}
-              <body><joint name="turn" type="hinge" axis="0 0 1" armature="0.1831"/>
+    def __init__(self):
+        post = '<geom type="cylinder" pos="{} {} 0" size="{} 0.1"/>'
+        posts = "".join(post.format(*circle) for circle in self.CIRCLES)
+        motors = ""
+        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), g a slow target
+            slow = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
+            motors += f'<general joint="{joint}" gainprm="{kp - kd * f / tau}" {slow}/>'
+            motors += f'<general joint="{joint}" gainprm="{kd * f / tau}"/>'
+        self.model = mujoco.MjModel.from_xml_string(f"""<mujoco>
+            <option timestep="0.001" gravity="0 0 0" cone="elliptic" impratio="3"/>
+            <worldbody>{posts}
+              <body><joint name="turn" axis="0 0 1" armature="0.1831"/>
                 <inertial pos="0 0 0" mass="0.001" diaginertia="1e-6 1e-6 1e-6"/>
                 <body><joint name="reach" type="slide" axis="1 0 0"/>
                   <inertial pos="0 0 0" mass="1" diaginertia="1e-5 1e-5 1e-5"/>
-                  <geom type="cylinder" pos="0 0 0.15" size="{self.ROD} 0.15"/></body></body>
+                  <geom type="cylinder" pos="0 0 0.15" size="0.01 0.15"/></body></body>
             </worldbody><actuator>{motors}</actuator></mujoco>""")
         self.data = mujoco.MjData(self.model)
 
-    def polar(self, xy):  # (2,) -> (angle, reach), no further out than the arm gets
-        x = min(xy[0], math.sqrt(max(self.REACH**2 - xy[1] ** 2, 0)))
-        return [math.atan2(xy[1], x), math.hypot(x, xy[1])]
-
-    @property
-    def position(self):  # (2,) of the rod
-        angle, reach = self.data.qpos
-        return np.array([reach * math.cos(angle), reach * math.sin(angle)])
+    def polar(self, xy):  # (2,) -> turn and reach, no further out than the arm gets
+        x = min(xy[0], math.sqrt(max(0.8114**2 - xy[1] ** 2, 0)))
+        return np.array([math.atan2(xy[1], x), math.hypot(x, xy[1])])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos = self.data.act = self.polar(self.START)
-        self.desired, self.steps, self.collided, self.success = self.START.copy(), 0, False, False
-        self.sides, self.path = [-1, -1, -1], np.tile(self.START, (151, 1))
-        return np.concatenate([self.desired, self.START]), {}
+        self.time, self.desired = 0, self.START
+        self.path = np.tile(self.START, (151, 1))
+        return np.tile(self.START, 2), {}
 
     def step(self, action):
-        self.desired, before = self.desired + np.asarray(action, np.float64), self.position
-        self.data.ctrl = self.polar(self.desired) * 2
+        self.desired = self.desired + action
+        self.data.ctrl = self.polar(self.desired).repeat(2)
         mujoco.mj_step(self.model, self.data, 35)
-        self.steps += 1
-        self.path[self.steps :] = x, y = self.position
-        for i, (level, posts) in enumerate(self.LEVELS):
-            if self.sides[i] < 0 and (y >= level if i == 2 else abs(y - level) <= 0.03):
-                self.sides[i] = int(np.searchsorted(posts, x))
-        self.collided |= self.data.ncon > 0
-        crossed = y > 0.35 and not self.collided and not self.success
-        self.success |= crossed
-        reward = -0.1 if self.collided or not 0.2 < x < 0.8 else float(y > 0.4)
-        terminated = self.reward == "sparse" and bool(crossed or self.collided)
-        info = {"success": self.success, "collided": self.collided, "mode": self.mode, "path": self.path.copy()}
-        obs = np.concatenate([self.desired, before])
-        return obs, float(crossed) if self.reward == "sparse" else reward, terminated, self.steps >= self.horizon, info
+        turn, reach = self.data.qpos
+        self.time += 1
+        self.path[self.time :] = reach * math.cos(turn), reach * math.sin(turn)
+        touched = self.data.ncon > 0
+        crossed = bool(self.path[self.time, 1] > 0.35) and not touched
+        info = {"success": crossed, "mode": self.route() if crossed else -1, "path": self.path}
+        obs = np.concatenate([self.desired, self.path[self.time - 1]])
+        return obs, float(crossed), crossed or touched, False, info
 
-    @property
-    def mode(self):  # route 0..23 of a success, else -1
-        left, middle, right = self.sides
-        return left * 12 + middle * 4 + right if self.success and min(self.sides) >= 0 else -1
+    def route(self) -> int:  # by the gap of each row through which the rod went first
+        gaps = []
+        for y, _, row in self.ROWS:
+            x = self.path[(self.path[:, 1] >= y).argmax(), 0]
+            gaps.append(np.searchsorted(row, x))
+        return int(np.ravel_multi_index(gaps, (2, 3, 4)))
 
 
-gym.register("MultiGoal-v0", entry_point=MultiGoal, vector_entry_point=MultiGoalVector)
-gym.register("Avoiding-v0", entry_point=Avoiding)
+gym.register("MultiGoal-v0", MultiGoal, max_episode_steps=20)
+gym.register("Avoiding-v0", Avoiding, max_episode_steps=150)
 
 
-# --- end shared: worlds ---
-# --- shared: environment ---
 class ActionChunk(gym.Wrapper):
-    """Takes flat action chunks in [-1, 1] and executes them open loop; returns normalised observations, as DPPO does.
+    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
 
-    `normalization` holds obs_min, obs_max (obs_dim,), action_min, action_max (A,). Its reward is the sum over its
-    steps. info: steps (executed), success (so far in the episode); at its end also what the environment tells and,
-    where that has a success flag, success_end (in the last step) and success_share (of the steps of the episode).
-    """
-
-    def __init__(self, env, chunk: int, normalization: dict):
+    def __init__(self, env, chunk: int):
         super().__init__(env)
-        self.chunk, self.successes = chunk, []  # step by step
-        self.stats = {name: np.asarray(value, np.float64) for name, value in normalization.items()}
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
 
-    def normalize(self, obs):  # (obs_dim,)
-        low, high = self.stats["obs_min"], self.stats["obs_max"]
-        return (2 * ((obs - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
+    def step(self, chunk):  # (d,)
+        total = 0.0
+        self.steps = 0  # how many actions of the chunk were executed
+        for action in chunk.reshape(-1, *self.env.action_space.shape):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            self.steps += 1
+            if terminated or truncated:
+                break  # differs from DSRL: its wrapper steps on and adds up the rewards
 
-    def reset(self, **kwargs):
-        self.successes = []
-        obs, info = self.env.reset(**kwargs)
-        return self.normalize(obs), info
-
-    def step(self, action):  # (chunk * A,)
-        low, high, box = self.stats["action_min"], self.stats["action_max"], self.env.action_space
-        total, steps = 0.0, 0
-        for a in (np.asarray(action, np.float64).reshape(self.chunk, -1) + 1) / 2 * (high - low) + low:
-            obs, reward, terminated, truncated, info = self.env.step(np.clip(a, box.low, box.high, dtype=np.float32))
-            total, steps = total + reward, steps + 1
-            # Locomotion has no success flag: there, an episode that reaches its time limit without a fall counts
-            flag = info.get("success", info.get("is_success"))
-            self.successes.append(bool(truncated and not terminated if flag is None else flag))
-            if terminated or truncated:  # differs from DSRL: its wrapper steps on after the end and adds the rewards
-                break
-        if not (terminated or truncated):
-            info = {}  # of a single step: it would say nothing about the chunk
-        elif flag is not None:
-            share = float(np.mean(self.successes))
-            info = info | {"success_end": self.successes[-1], "success_share": share}
-        info = info | {"steps": steps, "success": any(self.successes)}
-        return self.normalize(obs), total, terminated, truncated, info
+        where = f"{self.unwrapped.spec.id}, step {self.get_wrapper_attr('episode_lengths')}"
+        require(np.isfinite([total, *obs]).all(), f"--env-id {where}: not finite, or --lr too high")
+        return obs, total, terminated, truncated, info
 
 
-def make_env(env_id: str, chunk: int, normalization: dict, **kwargs):
-    """One environment driven by action chunks; kwargs go to gym.make (render_mode, say)."""
-    return ActionChunk(gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs)), chunk, normalization)
+def make_env(env_id: str, file: dict, **kwargs):
+    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
+    keys = ("obs_min", "obs_max", "action_min", "action_max")
+    obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
+    fits = env.observation_space.shape == obs_min.shape and env.action_space.shape == low.shape
+    require(fits, f"--backbone: {len(obs_min)} observations, {len(low)} actions; not {env_id}'s")
+
+    # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
+    env = gym.wrappers.ClipAction(env)
+    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+
+    def normalize(obs):
+        return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
+
+    space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
+    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
 
 
-# --- end shared: environment ---
-# --- shared: decoder ---
 class Decoder(nn.Module):
-    """Phi: normalised obs (B, obs_dim) and noise w (B, Ta*A) -> action chunk (B, Ta*A) in [-1, 1]; deterministic.
+    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's DiffusionMLP under DPPO's names: [x, time embedding, obs] through a linear layer, pre-activation residual
-    blocks and a linear head. It predicts noise (diffusion: DDIM with eta 0) or velocity (flow: Euler steps).
+    DPPO's residual MLP. Its few sampling steps (DDIM with eta 0, Euler) are constants in its file.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, file: dict):
         super().__init__()
-        self.config, self.dim = config, config["chunk"] * config["action_dim"]  # d = Ta*A
-        self.activation = {"relu": torch.relu, "mish": nn.functional.mish}[config["activation"]]
-        t, h, sizes = config["time_dim"], config["hidden"][0], [config["obs_dim"], *config["cond_hidden"]]
-        self.time_embedding = nn.Sequential(nn.Identity(), nn.Linear(t, 2 * t), nn.Mish(), nn.Linear(2 * t, t))
-        cond = [nn.ModuleDict({"linear_1": nn.Linear(m, n)}) for m, n in zip(sizes, sizes[1:])]  # usually none
-        blocks = [{"l1": nn.Linear(h, h), "l2": nn.Linear(h, h)} for _ in range((len(config["hidden"]) - 1) // 2)]
-        layers = [nn.Linear(self.dim + t + sizes[-1], h), *map(nn.ModuleDict, blocks), nn.Linear(h, self.dim)]
-        self.cond_mlp, self.mlp_mean = nn.ModuleDict(), nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.cond_mlp["moduleList"] = nn.ModuleList(cond)
-
-    def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
-        half = self.config["time_dim"] // 2
-        angle = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
-        return self.time_embedding(torch.cat([angle.sin(), angle.cos()], -1).float())
-
-    def network(self, x, time_emb, obs):  # -> noise or velocity (B, Ta*A)
-        for i, layer in enumerate(self.cond_mlp["moduleList"]):
-            obs = layer["linear_1"](self.activation(obs) if i else obs)
-        first, *blocks, head = self.mlp_mean["layers"]
-        h = first(torch.cat([x, time_emb, obs], -1))
-        for block in blocks:
-            h = h + block["l2"](self.activation(block["l1"](self.activation(h))))
-        return head(h)
-
-    @staticmethod
-    def alpha_bar(steps: int):  # DPPO's cosine schedule (steps,); its grid ends at steps + 1, which is kept on purpose
-        f = np.cos((np.linspace(0, steps + 1, steps + 1) / (steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))
-
-    def freeze(self):
-        """Fixes the weights. Time embeddings and schedule become constants: no index tensors are left in the loop."""
-        kind, train, sample = (self.config[key] for key in ("kind", "train_steps", "sample_steps"))
-        times = np.arange(sample) * train / sample  # flow: from noise to action
-        if kind == "diffusion":
-            times = np.arange(sample)[::-1] * (train // sample)  # 16, 12, 8, 4, 0 for 20 / 5: DPPO's spacing
-            now = self.alpha_bar(train)[times]
-            after = np.append(now[1:], 1.0)  # the last step lands on the clean action
-            self.schedule = np.stack([now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5], 1).tolist()
-        first = next(self.requires_grad_(False).parameters())
-        self.times = self.embed_time(torch.tensor(times.copy(), dtype=first.dtype, device=first.device))
-        return self
+        self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
+        self.kind, self.levels = file["kind"], file["levels"]
+        activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
+        width, time_dim = file["width"], file["time_emb"].shape[1]
+        self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(file["num_blocks"]):
+            layers = activation(), nn.Linear(width, width), activation(), nn.Linear(width, width)
+            self.blocks.append(nn.Sequential(*layers))
+        self.head = nn.Linear(width, self.dim)
+        self.load_state_dict(file["model"])
+        self.requires_grad_(False)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
 
     def forward(self, obs, noise):
         x = noise
-        for i, time_emb in enumerate(self.times):
-            prediction = self.network(x, time_emb.expand(x.shape[0], -1), obs)
-            if self.config["kind"] == "flow":
-                x = x + prediction / len(self.times)
+        for i, time_emb in enumerate(self.time_emb):
+            h = self.first(torch.cat([x, time_emb.expand(len(x), -1), obs], -1))
+            for block in self.blocks:
+                h = h + block(h)
+            prediction = self.head(h)  # of the velocity (flow) or of the noise in x (diffusion)
+
+            if self.kind == "flow":
+                x = x + prediction / len(self.time_emb)  # Euler's method
             else:
-                a, b, a_next, b_next = self.schedule[i]
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action and then
-                x = a_next * clean + b_next * (x - a * clean) / b  # takes the noise that goes with what was clipped
+                a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
         return x.clamp(-1, 1)
 
 
-# --- end shared: decoder ---
-# --- shared: behaviour cloning ---
-def bc_loss(decoder: Decoder, obs, chunks, abar):
-    """Mean squared error of the noise (diffusion, DDPM) or of the velocity (flow, rectified flow)."""
-    noise = torch.randn_like(chunks)
-    if decoder.config["kind"] == "diffusion":
-        t = torch.randint(len(abar), (len(obs),), device=obs.device)
-        a = abar[t][:, None]
-        x, target = a.sqrt() * chunks + (1 - a).sqrt() * noise, noise
-    else:
-        u = torch.rand(len(obs), 1, device=obs.device)  # 0 is noise, 1 is data
-        x, target, t = (1 - u) * noise + u * chunks, chunks - noise, u[:, 0] * decoder.config["train_steps"]
-    return nn.functional.mse_loss(decoder.network(x, decoder.embed_time(t), obs), target)
+def mlp(n_in: int, n_out: int, width: int):
+    """[Linear, LayerNorm, Tanh] x 3 and a linear head, as DSRL's actor and critics."""
+    layers = []
+    for n in (n_in, width, width):
+        layers += [nn.Linear(n, width), nn.LayerNorm(width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, n_out))
 
 
-# --- end shared: behaviour cloning ---
-# --- shared: toy decoder, networks ---
-CLONE = dict(samples=1_000_000, noise=0.1, iterations=4_000, batch_size=2_048, lr=1e-3, seed=0)
-CLONE |= dict(hidden=[64] * 3, time_dim=16, activation="relu", train_steps=20, sample_steps=5)  # all hashed in its name
+class TwinCritic(nn.ModuleList):  # two independent networks for Q^A(s, a) or Q^W(s, w)
+    def forward(self, obs, x):  # (B, obs_dim), (B, d) -> (2, B)
+        return torch.stack([q(torch.cat([obs, x], -1)).squeeze(-1) for q in self])
 
 
-def load_decoder(args: Args):
-    """(frozen Decoder on the CPU, normalization, card): --backbone, or for MultiGoal cloned and kept in --run-dir."""
-    name = f"multigoal-{args.decoder}-{hashlib.sha256(json.dumps(CLONE).encode()).hexdigest()[:8]}.pt"
-    default = Path(args.run_dir, name) if args.env_id == "MultiGoal" else BACKBONES / "avoiding-scripted-diffusion.pt"
-    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone or default)
-    if path == default and args.env_id == "MultiGoal" and not path.is_file():
-        clone(path, args.decoder)
-    require(path.is_file(), f"--backbone {path}: no such file; LP-DS's backbones/ has one for Avoiding")
-    file = read_tensors(path, "--backbone")
-    with blame(f"--backbone {path}: not a decoder of pretrain_backbone.py"):
-        config, stats = file["config"], {key: np.asarray(v, np.float64) for key, v in file["normalization"].items()}
-        decoder = Decoder(config)
-        decoder.load_state_dict(file["model"])
-        env, found = gym.make(f"{args.env_id}-v0"), [config["obs_dim"], config["action_dim"]]
-        sizes = [*env.observation_space.shape, *env.action_space.shape]
-        shapes = [list(stats[key].shape) for key in ("obs_min", "obs_max", "action_min", "action_max")]
-        finite = all(np.isfinite(value).all() for value in [*stats.values(), *map(np.asarray, file["model"].values())])
-    require(sizes == found, f"--backbone {path}: has (obs, action) sizes {found}, {args.env_id} {sizes}; give another")
-    fits = shapes == [sizes[:1]] * 2 + [sizes[1:]] * 2
-    require(finite and fits, f"--backbone {path}: weights or normalization not finite or of wrong size; make it anew")
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return decoder.freeze(), stats, dict(file.get("card", {})) | {"path": str(path), "checksum": checksum}
-
-
-def clone(path: Path, kind: str) -> None:
-    """Behaviour cloning of appendix B's noisy expert, which heads for the nearest goal."""
-    torch.manual_seed(CLONE["seed"])
-    config = {key: CLONE[key] for key in ("hidden", "time_dim", "activation", "train_steps", "sample_steps")}
-    decoder = Decoder(config | dict(kind=kind, obs_dim=2, action_dim=2, chunk=1, cond_hidden=[]))
-    obs, goals = torch.rand(CLONE["samples"], 2) * 4 - 2, torch.from_numpy(MultiGoalVector.GOALS)
-    expert = (goals[torch.cdist(obs, goals).argmin(1)] - obs).clamp(-1, 1)
-    action = (expert + CLONE["noise"] * torch.randn_like(obs)).clamp(-1, 1)
-    optimizer = torch.optim.AdamW(decoder.parameters(), CLONE["lr"], fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CLONE["iterations"])
-    abar = torch.as_tensor(Decoder.alpha_bar(20)).float()
-    for _ in tqdm(range(CLONE["iterations"]), "cloning the decoder", disable=not sys.stderr.isatty()):
-        index = torch.randint(CLONE["samples"], (CLONE["batch_size"],))
-        loss = bc_loss(decoder, obs[index], action[index], abar)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    # The decoder's own coordinates are those of the world
-    ones = torch.ones(2, dtype=torch.float64)
-    stats = {"obs_min": -ones, "obs_max": ones, "action_min": -ones, "action_max": ones}
-    card = {"env_id": "MultiGoal-v0", "data": "noisy expert of LP-DS, appendix B", "recipe": CLONE, "loss": loss.item()}
-    file = {"format": 1, "kind": kind, "config": decoder.config, "model": decoder.state_dict(), "card": card}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, partial(torch.save, file | {"normalization": stats}))
-
-
-def mlp(n_in: int, n_out: int, args: Args):
-    """num_layers x [Linear, ReLU], or with --layer-norm DSRL's [Linear, LayerNorm, Tanh], and a linear head."""
-    sizes, layers = [n_in] + [args.hidden_size] * args.num_layers, []
-    for m, n in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(m, n), nn.LayerNorm(n), nn.Tanh()] if args.layer_norm else [nn.Linear(m, n), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], n_out))
-
-
-# --- end shared: toy decoder, networks ---
-# --- shared: critics, replay ---
-class TwinCritic(nn.ModuleList):
-    """Two independent networks for Q^A(s, a) or Q^W(s, w): obs (B, obs_dim), x (B, d) -> (2, B)."""
-
-    def forward(self, obs, x):
-        x = torch.cat([obs, x], -1)
-        return torch.stack([member(x).squeeze(-1) for member in self])
-
-
-class Replay:
-    """Every transition (chunk) of the run, on the learner's device: sampling asks the host for nothing."""
-
-    def __init__(self, capacity: int, obs_dim: int, d: int, device):
-        sizes = {"obs": [obs_dim], "action": [d], "reward": [], "next_obs": [obs_dim], "terminated": []}
-        self.data = {name: torch.empty(capacity, *size, device=device) for name, size in sizes.items()}
-        self.size, self.size_on_device = 0, torch.zeros((), device=device)
-
-    def add(self, **rows):  # each (n, ...)
-        n = len(rows["reward"])
-        for name, row in rows.items():
-            self.data[name][self.size : self.size + n] = torch.as_tensor(row)
-        self.size += n
-        self.size_on_device.fill_(self.size)
-
-    def sample(self, n: int) -> dict:
-        index = (torch.rand(n, device=self.size_on_device.device) * self.size_on_device).long()
-        return {name: column[index] for name, column in self.data.items()}
-
-
-# --- end shared: critics, replay ---
-# --- shared: noise policy and its updates ---
 class Agent(nn.Module):
-    """The frozen decoder and everything that is learned around it: policy of the noise, critics, alpha."""
+    """The frozen decoder, all that is learned around it, and the updates of Algorithm 1."""
 
     def __init__(self, args: Args, decoder: Decoder):
         super().__init__()
-        obs_dim, d, device = decoder.config["obs_dim"], decoder.dim, decoder.times.device
-        self.args, self.decoder, self.distills = args, decoder, args.variant == "na"  # distills: uses Q^W
-        self.actor = mlp(obs_dim, 2 * d, args).to(device)  # mu and log sigma
-        self.register_buffer("started", torch.tensor(False, device=device))  # before its first update, w = eps
-        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init), device=device)])  # log alpha
-
-        twin = lambda: TwinCritic(mlp(obs_dim + d, 1, args) for _ in range(2)).to(device)  # noqa: E731
-        self.q_a, self.q_a_target, self.q_w = twin(), twin(), twin()
+        self.args, self.decoder = args, decoder
+        obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
+        self.actor = mlp(obs_dim, 2 * d, width)  # mu and log sigma
+        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # log alpha
+        self.register_buffer("started", torch.tensor(False))  # before its first update, w = eps
+        self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
+        self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target.load_state_dict(self.q_a.state_dict())
-        self.q_a_target.requires_grad_(False)
+        self.q_w = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
-        self.register_buffer("reward_scale", torch.tensor(scale, device=device))
-        adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=device.type == "cuda")
-        names = ("q_a", "q_w", "actor", "temperature")
-        self.optimizers = {name: adam(getattr(self, name).parameters()) for name in names}
+        self.register_buffer("reward_scale", torch.tensor(scale))
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
 
     @property
-    def alpha(self):  # it scales with the rewards, so that the trade-off starts where it does on raw ones
+    def alpha(self):  # in units of the critics: the trade-off starts where it does on raw rewards
         return self.reward_scale * self.temperature[0].detach().exp()
 
     def squash(self, obs, noise):
-        """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d) and its log density in [-1, 1]^d (B,), as DSRL counts it."""
+        """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d), its log density in [-1, 1]^d (B,)."""
         mu, log_sigma = self.actor(obs).chunk(2, -1)
         log_sigma = log_sigma.clamp(-20, 2)
         u = mu + log_sigma.exp() * noise
         gaussian = -0.5 * noise.square() - log_sigma - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), exact for large u
-        # differs from DSRL: the bound holds for both variants; its released code ignores it in `na`: b is 1 there
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+        # differs from DSRL: the bound holds; its released code ignores it, as if b were 1
         return self.args.noise_bound * u.tanh(), (gaussian - log_slope).sum(-1)
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d)
-        # differs from DSRL: until the critics are warm the prior acts and is valued, as in LP-DS, not a random policy
+        # differs from DSRL: until the critics are warm the prior acts and is valued, as in LP-DS
         return torch.where(self.started, self.squash(obs, noise)[0], noise)
 
     @torch.no_grad()
-    def act(self, obs, noise):
-        """The steered policy: obs (B, obs_dim), eps (B, d) -> action chunk (B, d)."""
+    def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def status(self, row: dict) -> str:  # a row of metrics.csv -> a few words for the progress bar
-        entropy = f"{-row['losses/log_prob']:.2f}" if "losses/log_prob" in row else "-"  # none before its first update
-        return f"E[-log pi] {entropy}, alpha {self.alpha:.3g}"
+    def descend(self, network, loss) -> None:
+        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
+        self.optimizer.zero_grad()
+        loss.backward(inputs=list(network.parameters()))
+        self.optimizer.step()
 
-    def step(self, name: str, loss):
-        """One Adam step of the network `name` alone, whatever else the loss went through."""
-        parameters = list(getattr(self, name).parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
-        self.optimizers[name].step()
+    def update_action_critic(self, batch: dict) -> dict:
+        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        with torch.no_grad():
+            # The next action is the steered policy's, so what is learned is the value of steering
+            noise = torch.randn_like(batch["action"])
+            w, log_prob = self.squash(batch["next_obs"], noise)
+            next_action = self.decoder(batch["next_obs"], torch.where(self.started, w, noise))
+            next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
+            bonus = self.alpha * self.started * log_prob
+            next_value = next_value - bonus  # its entropy is worth something, too
+            discount = self.args.gamma * (1 - batch["terminated"])
+            target = self.reward_scale * batch["reward"] + discount * next_value
+        q = self.q_a(batch["obs"], batch["action"])  # (2, B)
+        loss = 0.5 * (q - target).square().mean(1).sum()
+        self.descend(self.q_a, loss)
+        with torch.no_grad():
+            for slow, fast in zip(self.q_a_target.parameters(), self.q_a.parameters()):
+                slow.lerp_(fast, self.args.tau)
+        return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_actor(self, batch: dict) -> dict:
+        """A step of the noise policy, then of its temperature, both as in SAC."""
+        self.started.fill_(True)
+        obs = batch["obs"]
+        w, log_prob = self.squash(obs, torch.randn_like(batch["action"]))
+        loss = (self.alpha * log_prob - self.q_w(obs, w).min(0).values).mean()
+        self.descend(self.actor, loss)
 
-def update_action_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^A by TD through the decoder (Algorithm 1, lines 8-11), then its target by Polyak averaging (line 20)."""
-    with torch.no_grad():
-        # The next action is the steered policy's, so what is learned is the value of steering
+        surplus = -log_prob.detach().mean() - self.args.target_entropy  # in nats; alpha falls
+        self.descend(self.temperature, self.temperature[0] * surplus)
+        prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
+        kl = log_prob - w.shape[1] * math.log(self.args.noise_bound) - prior  # to N(0, I), in nats
+        info = {
+            "losses/actor": loss,
+            "losses/log_prob": log_prob.mean(),
+            "losses/alpha": self.alpha,
+        }
+        info["trust_region/kl"] = kl.mean()
+        return {key: value.detach() for key, value in info.items()}
+
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
+        n = self.args.batch_size
         noise = torch.randn_like(batch["action"])
-        w, log_prob = agent.squash(batch["next_obs"], noise)
-        w = torch.where(agent.started, w, noise)
-        next_action = w if args.variant == "sac" else agent.decoder(batch["next_obs"], w)
-        bonus = -agent.alpha * agent.started * log_prob  # what comes next is worth its entropy, too
-        next_value = agent.q_a_target(batch["next_obs"], next_action).min(0).values + bonus
-        target = agent.reward_scale * batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
-    q = agent.q_a(batch["obs"], batch["action"])  # (2, B)
-    loss = 0.5 * (q - target).square().mean(1).sum()
-    agent.step("q_a", loss)
-    online = [parameter.detach() for parameter in agent.q_a.parameters()]
-    torch._foreach_lerp_(list(agent.q_a_target.parameters()), online, args.tau)
-    return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
+        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
-def update_actor(agent: Agent, batch: dict, args: Args) -> dict:
-    """A step of the noise policy, then of its temperature, both as in SAC."""
-    agent.started.fill_(True)
-    obs, noise = batch["obs"], torch.randn_like(batch["action"])
-    w, log_prob = agent.squash(obs, noise)
-    critic = agent.q_w if args.variant == "na" else agent.q_a
-    loss = (agent.alpha * log_prob - critic(obs, w).min(0).values).mean()
-    agent.step("actor", loss)
+class Replay:  # every transition (chunk) of the run, on the learner's device
+    def __init__(self, capacity: int, obs_dim: int, d: int, device):
+        shapes = dict(obs=[obs_dim], action=[d], reward=[], next_obs=[obs_dim], terminated=[])
+        self.data = {k: torch.empty(capacity, *shape, device=device) for k, shape in shapes.items()}
+        self.size, self.device = 0, device
 
-    surplus = -log_prob.detach().mean() - args.target_entropy  # nats above the target: alpha falls
-    agent.step("temperature", agent.temperature[0] * surplus)
-    prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
-    kl = log_prob - w.shape[1] * math.log(args.noise_bound) - prior  # log density in units of w, against N(0, I)
-    info = {"losses/actor": loss, "losses/log_prob": log_prob.mean(), "losses/alpha": agent.alpha}
-    return {key: value.detach() for key, value in (info | {"trust_region/kl": kl.mean()}).items()}
+    def add(self, *columns) -> None:  # obs, action, reward, next_obs, terminated, each (n, ...)
+        end = self.size + len(columns[0])
+        for stored, column in zip(self.data.values(), columns):
+            stored[self.size : end] = torch.as_tensor(column)
+        self.size = end
 
-
-# --- end shared: noise policy and its updates ---
-# --- shared: distillation ---
-def update_latent_critic(agent: Agent, batch: dict, args: Args) -> dict:
-    """Q^W by distillation of Q^A over the unshifted prior (LP-DS, lines 12-15): distill_steps steps on slices of batch.
-
-    Decoder and Q^A rest meanwhile, so all slices are decoded and valued at once: same numbers, larger matrices.
-    """
-    noise = torch.randn_like(batch["action"])
-    with torch.no_grad():
-        target = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))  # (2, B): member to member, online
-    n = args.batch_size
-    for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-        loss = 0.5 * (agent.q_w(obs, w) - y).square().mean(1).sum()
-        agent.step("q_w", loss)
-    return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+    def sample(self, n: int, generator=None) -> dict:
+        index = torch.randint(self.size, (n,), device=self.device, generator=generator)
+        return {name: column[index] for name, column in self.data.items()}
 
 
-@torch.no_grad()
-def probe(agent: Agent, obs, seed: int, n: int = 64) -> dict:
-    """What steering does at states obs (B, obs_dim), over n draws of noise each: action entropy, quality of Q^W."""
-    d, obs = agent.decoder.dim, obs.repeat_interleave(n, 0)
-    noise = torch.randn(len(obs), d, device=obs.device, generator=torch.Generator(obs.device).manual_seed(seed))
-    frozen, steered = agent.decoder(obs, noise), agent.act(obs, noise)
-    entropy, ties = knn_entropy(steered.view(-1, n, d))
-    entropy_frozen, _ = knn_entropy(frozen.view(-1, n, d))
-    info = {"entropy/action": entropy, "entropy/action_frozen": entropy_frozen, "entropy/ties": ties}
-    if agent.distills:
-        q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(-1, n)
-        q_a = agent.q_a(obs, steered).mean(0).view(-1, n)
-        q_w, q_a = (q - q.mean(1, keepdim=True) for q in (q_w, q_a))  # only differences within a state can steer
-        info["losses/q_w_corr"] = ((q_w * q_a).sum(1) / (q_w.norm(dim=1) * q_a.norm(dim=1) + 1e-8)).mean()
-    return info
+def evaluate(policy, envs, device, seed: int = 0) -> dict:
+    """The first episode of each environment; its start and noise depend on `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    returns, lengths, success, mode = np.full((4, envs.num_envs), np.nan)
+    paths = [None] * envs.num_envs
+    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
+    while np.isnan(lengths).any():
+        noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
+        action = policy(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+        obs, _, terminated, truncated, infos = envs.step(action)
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(lengths)):
+            final = infos["final_info"]
+            returns[i], lengths[i] = (final["episode"][key][i] for key in ("r", "l"))
+            success[i], mode[i], paths[i] = (final[key][i] for key in ("success", "mode", "path"))
+    result = {"return": returns.tolist(), "length": lengths.tolist(), "success": success.tolist()}
+    return result | {"mode": mode.tolist(), "path": np.array(paths[:100]).tolist()}
 
 
-# --- end shared: distillation ---
-# --- shared: toy evaluation ---
-def env_kwargs(args: Args) -> dict:
-    """What gym.make gets besides the name, here and in enjoy.py."""
-    return {"start_std": args.start_std} if args.env_id == "MultiGoal" else {"reward": args.reward}
-
-
-def make_envs(n: int, args: Args, decoder: Decoder, normalization: dict):
-    """n environments as one; MultiGoal's step is one of numpy's for all of them."""
-    if args.env_id == "MultiGoal":
-        return gym.make_vec("MultiGoal-v0", n, "vector_entry_point", **env_kwargs(args))
-    make = partial(make_env, f"{args.env_id}-v0", decoder.config["chunk"], normalization, **env_kwargs(args))
-    return gym.vector.SyncVectorEnv([make] * n, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-
-def evaluate(policy, envs, seed: int, device) -> dict:
-    """One episode in each environment, noise sampled; arrays (n,) of return, success, length, mode; path (n, T, 2).
-
-    Each environment meets the same start and noise whatever the policy and however long the others live.
-    """
-    if isinstance(envs, list):  # enjoy.py makes them one by one
-        same_step = gym.vector.AutoresetMode.SAME_STEP
-        envs = gym.vector.SyncVectorEnv([lambda env=env: env for env in envs], autoreset_mode=same_step)
-    generator, n = torch.Generator().manual_seed(seed), envs.num_envs
-    obs, _ = envs.reset(seed=seed)
-    result, alive = {"return": np.zeros(n), "length": np.zeros(n, int)}, np.ones(n, bool)
-    while alive.any():
-        noise = torch.randn(n, *envs.single_action_space.shape, generator=generator)
-        action = policy(torch.as_tensor(obs, device=device), noise.to(device)).cpu().numpy()
-        obs, reward, terminated, truncated, infos = envs.step(action)
-        final = infos.get("final_info", {})
-        result["return"] += alive * reward
-        result["length"] += alive * (infos.get("steps", 0) + final.get("steps", 0))
-        ended = alive & (terminated | truncated)
-        for key in ("success", "mode", "path") if ended.any() else ():
-            result.setdefault(key, np.zeros_like(final[key]))[ended] = final[key][ended]
-        alive &= ~ended
-    return result
-
-
-def modes(result: dict, args: Args) -> dict:
-    """How the successful episodes are spread over goals or routes."""
-    n = {"MultiGoal": 4, "Avoiding": 24}[args.env_id]
-    share = np.bincount(result["mode"][result["mode"] >= 0], minlength=n) / max((result["mode"] >= 0).sum(), 1)
-    entropy = -np.sum(share[share > 0] * np.log(share[share > 0])) / np.log(n)  # 0: one, 1: all alike
-    return {"eval/modes": (share > 0).sum(), "eval/mode_max": share.max(), "eval/mode_entropy": entropy}
-
-
-# --- end shared: toy evaluation ---
-# --- shared: files ---
 def save(path: Path, write) -> None:
-    """write(temporary file), then rename: a crash, kill -9 or a full disk leaves what was there before whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        require(False, f"--run-dir: cannot write {path} ({error}); earlier files are whole: free space, then --resume")
+    """Writes beside `path`, then renames: killed at any moment, what `path` held stays whole."""
+    temporary = path.with_name("tmp-" + path.name)
+    write(temporary)
+    temporary.replace(path)
 
 
-def write_csv(path: Path, rows: list) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))  # what a row lacks stays empty
-    lines = [",".join(f"{row[key]:.9g}" if key in row else "" for key in columns) for row in rows]
-    save(path, lambda file: file.write_text("\n".join([",".join(columns), *lines]) + "\n"))
+def log(run: Path, rows: list) -> None:  # metrics.csv
+    columns = dict.fromkeys(key for row in rows for key in row)  # what a row lacks stays empty
+    lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
+    text = "\n".join([",".join(columns), *lines, ""])
+    save(run / "metrics.csv", partial(Path.write_text, data=text))
 
 
-def plot_curves(path: Path, rows: list) -> None:
-    wanted = "eval/episodic_return eval/success trust_region/violation /alpha entropy/action losses/q_w_corr".split()
-    keys = [key for end in wanted for key in rows[-1] if key.endswith(end) and any(row.get(key) for row in rows)]
-    figure = Figure((3.6 * len(keys), 3.5), layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        axis.plot(*zip(*[(row["global_step"], row[key]) for row in rows if key in row]))
-        axis.set_title(key)
-    save(path, lambda file: figure.savefig(file, format="png"))
+def draw(file: Path, world, panels: dict) -> None:
+    """title -> (paths, modes): episodes in the colour of their goal or route; failures are grey."""
+    from matplotlib import figure, patches
+
+    picture = figure.Figure((3 * len(panels), 3.3), layout="constrained")
+    axes = picture.subplots(1, len(panels), sharex=True, sharey=True)
+    for axis, (title, (paths, modes)) in zip(axes, panels.items()):
+        axis.set(title=title, aspect="equal")
+        for path, mode in zip(paths, modes):
+            color = f"C{mode:.0f}" if mode >= 0 else "0.7"
+            axis.plot(*np.transpose(path), color=color, linewidth=0.5)
+        for circle in world.CIRCLES:
+            axis.add_patch(patches.Circle(circle[:2], circle[2], fill=False, zorder=3))
+    save(file, partial(picture.savefig, format="png"))
 
 
-def save_checkpoint(run: Path, agent, replay, loop: dict, args) -> None:
-    """Everything that the next step depends on, in one file of plain tensors."""
-    good = all(bool(p.isfinite().all()) for p in agent.parameters())
-    require(good, f"--lr {args.lr}: weights not finite; {run} keeps its last good checkpoint")
-    state = {"agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()}}
-    state["replay"] = {name: column[: replay.size].clone() for name, column in replay.data.items()}
-    cuda, versions = agent.alpha.is_cuda, {p.__name__: str(p.__version__) for p in (torch, gym, np, mujoco)}
-    state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(agent.alpha.device) if cuda else None}
-    state |= {"loop": loop, "args": asdict(args), "script": Path(sys.argv[0]).name, "versions": versions}
-    save(run / "checkpoint.pt", partial(torch.save, state))
-
-
-def load_checkpoint(run: Path, agent, replay) -> dict:
-    """Fills agent, optimisers, replay and torch's generators in place; returns the loop's own state."""
-    state = read_tensors(run / "checkpoint.pt", "--resume")
-    with blame(f"--resume {run / 'checkpoint.pt'}: not a checkpoint of this run"):
-        agent.load_state_dict(state["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        replay.add(**state["replay"])
-        torch.set_rng_state(state["rng"])
-        if agent.alpha.is_cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"], agent.alpha.device)
-        return state["loop"]
-
-
-# --- end shared: files ---
 if __name__ == "__main__":
     args = parse_args()
-    # --- shared: toy loop ---
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small matrices: a second thread rarely pays
-    with blame(f"--device {args.device}: not usable; give cpu or cuda"):
-        device = torch.zeros(1, device=args.device).device
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # small matrices: a second thread rarely pays
+    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
 
     # Decoder, environments, networks
-    decoder, normalization, card = load_decoder(args)
-    torch.manual_seed(args.seed)  # cloning has its own
-    decoder = decoder.to(device).freeze()
-    envs, eval_envs = (make_envs(n, args, decoder, normalization) for n in (args.num_envs, args.eval_episodes))
-    agent = Agent(args, decoder)
-    over = 150 * args.num_envs  # the last round may go on for an episode each
-    replay = Replay(args.total_timesteps + over, decoder.config["obs_dim"], decoder.dim, device)
+    path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
+    path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
+    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+    known = file.get("format") == 2 and file["solver"] in ("ddim", "euler")
+    require(known, f"--backbone {path}: no DDIM or Euler of format 2; convert_dppo.py may help")
+    decoder = Decoder(file).to(args.device)
+    make = partial(make_env, args.env_id, file)
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=mode)
+    eval_envs = gym.vector.SyncVectorEnv([make] * args.eval_episodes, autoreset_mode=mode)
+    agent = Agent(args, decoder).to(args.device)
+    replay = Replay(args.total_timesteps + args.num_envs, decoder.obs_dim, decoder.dim, args.device)
 
-    # Run folder: a new one, with a copy of the decoder so that it can be moved, or the one to resume
-    loop = {"global_step": 0, "gradient_steps": 0, "rounds": 0, "wall_seconds": 0.0, "rows": [], "evals": []}
-    loop |= {"paths": [], "episodes": [], "info": {}}  # the last two since the last row of metrics.csv
-    run, before = Path(args.run_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"), -1
+    # Run folder: the one to resume, or a new one; it keeps its decoder, so that it can be moved
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # unique
+    run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    rows, evals, paths = [{"global_step": 0, "wall_seconds": 0.0}], [], []
     if args.resume:
-        run, loop = Path(args.resume), load_checkpoint(Path(args.resume), agent, replay)
-        before = loop["global_step"]
-    else:
-        with blame(f"--run-dir {args.run_dir}: {run.name} cannot be made there"):
-            run.mkdir(parents=True)
-        save(run / "backbone.pt", partial(shutil.copy, card["path"]))
-    save(run / "args.json", lambda file: file.write_text(json.dumps(asdict(args) | {"resume": ""}, indent=1)))
-    tracker = None
-    if args.track:
-        try:
-            import wandb
+        state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        agent.load_state_dict(state["agent"])
+        agent.optimizer.load_state_dict(state["optimizer"])
+        replay.add(*state["replay"].values())
+        rows, evals, paths = state["rows"], state["evals"], state["paths"]
+    save(run / "backbone.pt", partial(torch.save, file))
+    save(run / "args.json", partial(Path.write_text, data=json.dumps(asdict(args), indent=1)))
 
-            tracker = wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
-        except Exception as error:
-            print(f"warning: --track: wandb does not start ({error}); training goes on without it", file=sys.stderr)
-    print(f"{args.exp_name} on {args.env_id}, {device}, in {run}\nsettings: {asdict(args)}")
-    print(f"decoder: {decoder.config['kind']}, d {decoder.dim}, {card['path']}, sha256 {card['checksum']}", flush=True)
-    stop = []
-    bar = tqdm(initial=loop["global_step"], total=args.total_timesteps, unit="step", disable=args.no_progress or None)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a signal lets the current round of episodes finish
-        signal.signal(number, lambda number, frame: stop.append(number))
-    started, mark = time.time() - loop["wall_seconds"], (before, time.time())
+    def stop(*_):
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    first_step = args.prior_steps + args.warmup_steps
+    print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
+    global_step = int(rows[-1]["global_step"])
+    started = time.time() - rows[-1]["wall_seconds"]
     while True:
-        # (0) Between rounds of episodes: log, evaluate, save; at step 0 the frozen decoder. All environments are about
-        #     to start an episode, so that a checkpoint needs no state of theirs.
-        step, finished = loop["global_step"], loop["global_step"] >= args.total_timesteps
-        loop["wall_seconds"] = time.time() - started
-        if step > before and (finished or step // args.eval_every > before // args.eval_every):
-            result = evaluate(agent.act if step else decoder, eval_envs, 1_000_000, device)
-            path = torch.as_tensor(result.pop("path")[:100])
-            loop["paths"] = [loop["paths"][0] if loop["paths"] else path, path]  # of the frozen policy, of the latest
-            loop["evals"].append({"global_step": step} | {key: torch.as_tensor(v) for key, v in result.items()})
-            first = loop["evals"][0]
-            row = {"global_step": step, "gradient_steps": loop["gradient_steps"], **loop["info"], **modes(result, args)}
-            row |= {"eval/episodic_return": result["return"].mean(), "eval/success": result["success"].mean()}
-            row |= {f"eval/frozen_{key}": first[key].double().mean() for key in ("return", "success")}
-            if step:
-                names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
-                row |= dict(zip(names, np.mean(loop["episodes"], 0)))
-                row["charts/SPS"] = (step - mark[0]) / (time.time() - mark[1])
-                index = torch.randint(replay.size, (64,), generator=torch.Generator().manual_seed(step)).to(device)
-                row |= probe(agent, replay.data["obs"][index], step)
-                # A batch has too few states for the expectation: a few starts, where most is spent, decide its mean
-                seen = replay.data["obs"][: replay.size]
-                spent = agent.steer(seen, torch.zeros(len(seen), decoder.dim, device=device)).detach().square().sum(1)
-                row |= {"trust_region/start_sq_norm": spent[0], "trust_region/replay_sq_norm": spent.mean()}
-            row = {key: float(value) for key, value in row.items()} | {"wall_seconds": loop["wall_seconds"]}
-            bad = [key for key, value in row.items() if not math.isfinite(value)]
-            require(not bad, f"--lr {args.lr}: {bad} not finite at step {step}; {run} keeps its last good checkpoint")
-            loop["rows"].append(row)
-            loop["episodes"] = []
-            write_csv(run / "metrics.csv", loop["rows"])
-            if tracker:
-                try:
-                    tracker.log(row, step=step)
-                except Exception as error:
-                    tracker = print(f"warning: --track: wandb fails ({error}); training goes on", file=sys.stderr)
-            arrays = {key: np.stack([e[key] for e in loop["evals"]]) for key in first}
-            arrays["path"] = np.stack(loop["paths"])
-            save(run / "eval.npz", lambda file: np.savez_compressed(file.open("wb"), **arrays))  # noqa: B023
-            save_checkpoint(run, agent, replay, loop, args)
-            if row["eval/episodic_return"] >= arrays["return"].mean(1).max():
-                save(run / "best.pt", partial(shutil.copy, run / "checkpoint.pt"))
-            returns = f"return {row['eval/episodic_return']:.1f} (frozen {row['eval/frozen_return']:.1f})"
-            spread = f"{row['eval/modes']:.0f} modes, the largest {row['eval/mode_max']:.2f}"
-            speed = f"{row.get('charts/SPS', 0):.0f} steps/s"
-            bar.write(f"step {step:>6}  {returns}, {spread}, {agent.status(row)}, {speed}")
-            mark = step, time.time()
-        if finished or stop:
+        # (1) Save all that the rest of the run depends on: --resume goes on from here
+        finite = all(parameter.isfinite().all() for parameter in agent.parameters())
+        require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
+        state = {"script": Path(__file__).name, "rows": rows, "evals": evals, "paths": paths}
+        state["agent"] = agent.state_dict()
+        state["optimizer"] = agent.optimizer.state_dict()
+        state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
+        save(run / "checkpoint.pt", partial(torch.save, state))
+
+        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
+        paths = paths[:1] + [result.pop("path")]  # the frozen policy's, and the latest
+        evals.append({"global_step": global_step} | result)
+        arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
+        save(run / "eval.npz", partial(np.savez, **arrays, path=np.array(paths, np.float32)))
+        returns, success = arrays["return"].mean(1).tolist(), arrays["success"].mean(1).tolist()
+        rows[-1] |= {"eval/episodic_return": returns[-1], "eval/success": success[-1]}
+        rows[-1] |= {"eval/frozen_return": returns[0], "eval/frozen_success": success[0]}
+        modes = np.bincount(arrays["mode"][-1].astype(int) + 1)[1:]  # episodes to each
+        largest = float(modes.max(initial=0) / max(modes.sum(), 1))
+        rows[-1] |= {"eval/modes": int((modes > 0).sum()), "eval/mode_max": largest}
+        log(run, rows)
+        if returns[-1] == max(returns):
+            save(run / "best.pt", partial(torch.save, state))
+        score = f"return {returns[-1]:.4g} (frozen {returns[0]:.4g}), success {success[-1]:.2f}"
+        spread = f"{rows[-1]['eval/modes']} modes, the largest {largest:.2f}"
+        print(f"step {global_step:>7}: {score}, {spread}, alpha {agent.alpha:.3g}", flush=True)
+        if global_step >= args.total_timesteps:
             break
 
-        # One round: every environment plays an episode
-        obs, _ = envs.reset(seed=(args.seed * 1_000_000 + loop["rounds"] * args.num_envs) % 2**31)
-        alive, before = np.ones(args.num_envs, bool), step
-        while alive.any():
-            # (1) Act: eps ~ N(0, I), w = eps + Delta(s), a = Phi(w; s)
-            noise = torch.randn(args.num_envs, decoder.dim, device=device)
-            action = agent.act(torch.as_tensor(obs, device=device), noise).cpu().numpy()
+        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
+        torch.manual_seed(int(words[0]))
+        obs, _ = envs.reset(seed=words[1:].tolist())
+        ended, info = [], {}
+        until = min((global_step // args.eval_every + 1) * args.eval_every, args.total_timesteps)
+        while global_step < until:
+            # (4) Act: eps ~ N(0, I) -> w -> a = Phi(w; s); w is eps until the critics are warm
+            noise = torch.randn(args.num_envs, decoder.dim, device=args.device)
+            action = agent.act(torch.as_tensor(obs, device=args.device), noise).cpu().numpy()
 
-            # (2) Step. Whoever is ready before the others idles along
+            # (5) Step: each environment executes its chunk; one that ends is reset at once
             next_obs, reward, terminated, truncated, infos = envs.step(action)
-            final, real_next_obs, now = infos.get("final_info", {}), next_obs.copy(), alive.copy()
+            real_next_obs = next_obs.copy()
             for i in np.flatnonzero(terminated | truncated):
                 real_next_obs[i] = infos["final_obs"][i]
-                ended = final["episode"]["r"][i], final["episode"]["l"][i], final["success"][i]
-                loop["episodes"] += [[float(value) for value in ended]] if alive[i] else []
-                alive[i] = False
-            loop["global_step"] += int(np.sum(now * (infos.get("steps", 0) + final.get("steps", 0))))
+                ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
+            before = global_step
+            global_step += sum(envs.get_attr("steps"))
 
-            # (3) Store. differs from DSRL: only terminated stops the bootstrap, a time limit does not
-            columns = dict(obs=obs, action=action, reward=reward, next_obs=real_next_obs, terminated=terminated)
-            replay.add(**{name: torch.as_tensor(column[now]) for name, column in columns.items()})
-            obs, trained = next_obs, loop["global_step"] - args.prior_steps
+            # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
+            replay.add(obs, action, reward, real_next_obs, terminated)
+            obs = next_obs
 
-            # (4) Train: utd x [Q^A, policy, alpha], then utd x Q^W, in DSRL's order
-            if trained < 0:
-                continue
-            if not loop["gradient_steps"] and args.reward_scale == "auto":
-                # differs from DSRL: brings Q to order 1 to 10, where Q^W follows; the mean reward for ever is worth 15
-                agent.reward_scale.fill_(15 * (1 - args.gamma) / replay.data["reward"][: replay.size].abs().mean())
-                known = "--reward-scale auto: no reward yet, or --gamma is 1; raise --prior-steps or give a number"
-                require(0 < agent.reward_scale < math.inf, known)
-            for _ in range(args.utd):
-                batch = replay.sample(args.batch_size)
-                loop["info"] |= update_action_critic(agent, batch, args)
-                if trained >= args.warmup_steps:
-                    # --- end shared: toy loop ---
-                    loop["info"] |= update_actor(agent, batch, args)
-            # --- shared: toy end ---
-            if agent.distills:
-                loop["info"] |= update_latent_critic(agent, replay.sample(args.batch_size * args.utd), args)
-            loop["gradient_steps"] += args.utd
-        loop["rounds"] += 1
-        bar.update(loop["global_step"] - bar.n)
+            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
+            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
+                mean = replay.data["reward"][: replay.size].abs().mean()
+                require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
+                agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-    bar.close()
-    if stop:
-        save_checkpoint(run, agent, replay, loop, args)
-        again = shlex.join([sys.argv[0], "--resume", str(run)])
-        print(f"stopped at step {step} and saved; go on with: python {again}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    plot_curves(run / "curves.png", loop["rows"])
-    print(f"finished: {run / 'curves.png'}")
-# --- end shared: toy end ---
+            # (8) Train: utd x [Q^A, policy, alpha], then utd x Q^W, in DSRL's order
+            if global_step >= args.prior_steps:
+                for _ in range(args.utd):
+                    batch = replay.sample(args.batch_size)
+                    info |= agent.update_action_critic(batch)
+                    if global_step >= first_step:
+                        info |= agent.update_actor(batch)
+                batch = replay.sample(args.batch_size * args.utd)
+                info |= agent.update_latent_critic(batch)
+
+            # (9) Log the latest losses; only here are they read back from the device
+            if global_step >= until:
+                row = {"global_step": global_step, "wall_seconds": time.time() - started}
+                row["charts/SPS"] = global_step / row["wall_seconds"]
+                if ended:
+                    row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(ended, 0)
+                row |= info
+                rows.append({key: float(value) for key, value in row.items()})
+                log(run, rows)
+                ended, info = [], {}
+
+    panels = {"frozen": (paths[0], evals[0]["mode"]), "steered": (paths[1], evals[-1]["mode"])}
+    draw(run / "paths.png", eval_envs.envs[0].unwrapped, panels)

@@ -88,7 +88,6 @@ def require(condition, message: str) -> None:
         raise SystemExit(2)
 
 
-# --- Specs ---
 def check(place: str, given, known: dict) -> dict:
     """A mapping with keys of `known` and values like those in there."""
     given = {} if given is None else given
@@ -141,7 +140,6 @@ def load_spec(name: str, runs: Path) -> list:
     return list(found.values())
 
 
-# --- Run folders ---
 def newest(home: Path):
     """The script's run folder in `home`, with a checkpoint to go on from; None where none is."""
     folders = [checkpoint.parent for checkpoint in home.glob("*/checkpoint.pt")]
@@ -180,7 +178,6 @@ def describe(run: Run) -> str:
     return f"step {steps[-1]:,} of {run.total:,}, {score}"
 
 
-# --- One run ---
 def plan(run: Run):
     """The command that a run needs next: train, continue, evaluate; None when it has all."""
     folder = newest(run.home)
@@ -275,13 +272,13 @@ def work(run: Run) -> str:
         if "stopped; go on with" in last_lines(run, 1):
             return "stopped"  # by somebody's Ctrl-C or kill
         kills += code < 0  # by a signal: kill -9, or a system that is out of memory
-        idle = code == 0 and script == run.script and not is_trained(run)
+        again = plan(run)
+        idle = code == 0 and script == run.script and not is_trained(run)  # it would go on like that for ever
         if code > 0 or kills > RETRIES or idle:
             return f"FAILED with exit code {code}"
     return "finished"
 
 
-# --- The sweep ---
 def connect(address: str, jobs: int, runs: list):
     """Ray on this machine, or the cluster at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
@@ -330,7 +327,6 @@ def sweep(runs: list, jobs: int, address: str):
     return ends, stop[0] if stop else 0
 
 
-# --- Collect ---
 def condense(run: Run, out: Path) -> None:
     """Writes LABEL.csv, .npz and .json of a run folder into `out`."""
     folder = newest(run.home)

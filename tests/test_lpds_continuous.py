@@ -1,18 +1,18 @@
-"""lpds_continuous.py formula by formula, in this process: the three updates against the paper's equations, rewritten
-here, the chunk wrapper against numpy, evaluation and probe on constructed cases, the command line against its pages.
+"""lpds_continuous.py formula by formula: its updates against the paper's equations in numpy, the
+chunk wrapper, evaluation and probe on constructed cases. Then tiny runs: order of the updates, what
+is stored and written, and whether it learns.
 
-What needs whole runs (exact resume, signals, full disks) is in test_reliability.py, the decoder in test_decoder.py.
+Killed and resumed runs are in test_resume.py, wrong input in test_faults.py.
 """
 
-import ast
 import copy
-import dataclasses
+import json
 import math
+import os
 import re
-import shlex
+import shutil
+import subprocess
 import sys
-import types
-import typing
 from functools import partial
 from pathlib import Path
 
@@ -20,370 +20,320 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    ROOT,
+    Process,
+    call,
+    checkpoint,
+    decoder_file,
+    differences,
+    finish,
+    metrics,
+    only_run,
+)
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lpds_continuous as lpds
-from lpds_continuous import PRESETS, Agent, Args, Decoder, Replay, parse_args
+from entropy import knn_entropy
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "lpds_continuous.py"
-DOCS = ROOT / "docs" / "lpds_continuous.md"
-pytestmark = pytest.mark.filterwarnings("ignore:.*out of date.*", "ignore:.*precision lowered.*")
-OBS, ACT, CHUNK = 5, 2, 3
-D, N = CHUNK * ACT, 32
-ENVS = [f"{name}-v{version}" for name in ("Hopper", "Walker2d", "HalfCheetah") for version in (4, 5)]
+SCRIPT = "lpds_continuous.py"
+OBS, ACT, CHUNK, N = 5, 2, 3, 32
+D = ACT * CHUNK
 
 
-# --- a small agent ---
+# --- a small agent, in double precision ---
 
 
-def tiny_decoder(kind="diffusion", obs_dim=OBS, action_dim=ACT, chunk=CHUNK):
-    config = dict(kind=kind, obs_dim=obs_dim, action_dim=action_dim, chunk=chunk, hidden=[16] * 3, cond_hidden=[])
-    decoder = Decoder(config | dict(time_dim=8, activation="relu", train_steps=20, sample_steps=5))
-    return decoder.freeze()
-
-
-def setup(moved=True, seed=0, n=N, **settings):
-    """(agent, batch, args): moved gives Delta a head that is not zero, critics a target that differs."""
-    torch.manual_seed(seed)
-    args = Args(**dict(hidden_size=16, num_layers=2, batch_size=n, reward_scale=0.3) | settings)
-    agent = Agent(args, tiny_decoder())
+def setup(moved=True, n=N, **settings):
+    """(agent, batch): moved gives Delta a head that is not zero, and Q^A's target other weights."""
+    torch.manual_seed(0)
+    args = dict(hidden_size=16, batch_size=n, reward_scale=0.3, delta=0.2) | settings
+    decoder = lpds.Decoder(decoder_file(OBS, ACT, CHUNK))
+    agent = lpds.Agent(lpds.Args(**args), decoder).double()
     if moved:
         for parameter in [*agent.perturbation[-1].parameters(), *agent.q_a_target.parameters()]:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    batch = {"obs": torch.randn(n, OBS), "action": torch.rand(n, D) * 2 - 1, "reward": torch.randn(n)}
-    batch |= {"next_obs": torch.randn(n, OBS), "terminated": (torch.rand(n) < 0.4).float()}
-    return agent, batch, args
+    batch = {"obs": torch.randn(n, OBS), "action": torch.rand(n, D) * 2 - 1}
+    batch |= {"reward": torch.randn(n), "next_obs": torch.randn(n, OBS)}
+    batch |= {"terminated": (torch.rand(n) < 0.4).float()}
+    return agent, {name: column.double() for name, column in batch.items()}
 
 
-def to_double(agent, batch):
-    agent.double()
-    agent.decoder.times = agent.decoder.times.double()
-    return {name: column.double() for name, column in batch.items()}
+def plain_gradient_steps(agent):
+    """From now on theta <- theta - gradient: the weights show the gradient."""
+    agent.optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
 
 
-def plain_gradient_step(agent, name):
-    """From now on a step of this network is theta <- theta - gradient: weights show the gradient."""
-    agent.optimizers[name] = torch.optim.SGD(getattr(agent, name).parameters(), lr=1.0)
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def changed(before, after):
-    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+def drawn(like):
+    """The noise that an update draws first."""
+    torch.manual_seed(5)
+    noise = torch.randn_like(like)
+    torch.manual_seed(5)
+    return noise
 
 
 def flat(module):
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
 
 
-def drawn(seed, like):
-    """The noise that an update draws first after torch.manual_seed(seed)."""
-    torch.manual_seed(seed)
-    noise = torch.randn_like(like)
-    torch.manual_seed(seed)
-    return noise
+def weights(agent):
+    return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+
+
+def changed(before, agent):
+    now = agent.state_dict()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], now[name])}
+
+
+def output(network, *inputs):
+    """[Linear, LayerNorm, Tanh] x 3, Linear, in numpy."""
+    x = np.concatenate([i.detach().numpy() for i in inputs], 1)
+    parameters = [p.detach().numpy() for p in network.parameters()]
+    for i in range(0, 12, 4):
+        weight, bias, gain, offset = parameters[i : i + 4]
+        x = x @ weight.T + bias
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        x = np.tanh(gain * x + offset)
+    return x @ parameters[12].T + parameters[13]
+
+
+def twins(critic, *inputs):  # (2, B)
+    return np.stack([output(network, *inputs)[:, 0] for network in critic])
+
+
+def act(agent, obs, noise, bound=math.inf):
+    w = np.clip(noise.numpy() + output(agent.perturbation, obs), -bound, bound)
+    return agent.decoder(obs, torch.from_numpy(w)).detach()
 
 
 class Constructed(nn.Module):
-    """A critic given as a formula: rule(obs, x) -> (B,), for both twins; remembers what it was asked."""
+    """A critic given as a formula, (obs, x) -> (B,); its twins differ by 1. Keeps its questions."""
 
     def __init__(self, rule):
         super().__init__()
         self.rule, self.asked = rule, []
 
     def forward(self, obs, x):
-        self.asked.append(x.detach())
+        self.asked.append((obs, x.detach()))
         value = self.rule(obs, x)
-        return torch.stack([value, value + 1])  # the minimum of the twins is the first
+        return torch.stack([value, value + 1])
 
 
-# --- update_perturbation ---
+# --- Q^A ---
 
 
-def lagrangian(agent, batch, noise, args):
-    """Equation 8 by hand, in numpy but for the networks: -(E[Q] - alpha (E||Delta||^2 - delta)), and sq_norm."""
-    shift = agent.perturbation(batch["obs"])
-    if args.perturb == "noise":
-        w = noise + shift
-        if args.noise_bound != "none":
-            w = torch.where(w.abs() > args.noise_bound, args.noise_bound * w.sign(), w)
-        q = agent.q_w(batch["obs"], w)
-    else:
-        action = agent.decoder(batch["obs"], noise) + shift
-        q = agent.q_a(batch["obs"], torch.maximum(torch.minimum(action, torch.ones(())), -torch.ones(())))
-    q, shift = q.detach().double().numpy(), shift.detach().double().numpy()
-    norms = (shift**2).sum(1) if args.delta_norm == "sum" else (shift**2).mean(1)
-    return -(np.minimum(*q).mean() - agent.alpha.item() * (norms.mean() - args.delta)), norms.mean()
+@pytest.mark.parametrize("bound", [math.inf, 0.8])
+def test_the_action_critic_follows_its_td_target(bound):
+    """Algorithm 1, lines 8 to 11 and 20."""
+    agent, batch = setup(gamma=0.9, tau=0.05, noise_bound=bound)
+    next_action = act(agent, batch["next_obs"], drawn(batch["action"]), bound)
+    value = twins(agent.q_a_target, batch["next_obs"], next_action).min(0)
+    reward, terminated = batch["reward"].numpy(), batch["terminated"].numpy()
+    y = 0.3 * reward + np.where(terminated == 1, 0, 0.9 * value)
+    q = twins(agent.q_a, batch["obs"], batch["action"])
+    error = agent.q_a(batch["obs"], batch["action"]) - torch.from_numpy(y)
+    gradient = torch.autograd.grad(error.square().sum() / (2 * N), list(agent.q_a.parameters()))
+    gradient = torch.cat([g.reshape(-1) for g in gradient])
+    before, slow = flat(agent.q_a), flat(agent.q_a_target)
+    plain_gradient_steps(agent)
+
+    info = agent.update_action_critic(batch)
+    assert info["losses/q_a"].item() == pytest.approx(0.5 * ((q - y) ** 2).mean(1).sum(), rel=1e-6)
+    assert info["losses/q_a_value"].item() == pytest.approx(q.mean(), rel=1e-6)
+    torch.testing.assert_close(before - flat(agent.q_a), gradient, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(flat(agent.q_a_target), 0.95 * slow + 0.05 * flat(agent.q_a))
 
 
-@pytest.mark.parametrize("settings", [{}, {"perturb": "action"}, {"noise_bound": 0.8}, {"lagrangian": False}])
-@pytest.mark.parametrize("norm", ["sum", "mean"])
-def test_the_loss_of_delta_is_minus_the_lagrangian(norm, settings):
-    agent, batch, args = setup(delta_norm=norm, delta=0.2, alpha_init=1.7, **settings)
-    noise = drawn(5, batch["action"])
-    loss, sq_norm = lagrangian(agent, batch, noise, args)
-    info = lpds.update_perturbation(agent, batch, args)
-    assert info["losses/perturbation"].item() == pytest.approx(loss, rel=1e-5)
-    assert info["trust_region/sq_norm"].item() == pytest.approx(sq_norm, rel=1e-5)
-    assert info["trust_region/violation"].item() == pytest.approx(sq_norm / 0.2 - 1, rel=1e-5)
-    kl = 0.5 * sq_norm * (1 if norm == "sum" else D)  # of N(Delta, I) from N(0, I)
-    if args.perturb == "noise":
-        assert info["trust_region/kl"].item() == pytest.approx(kl, rel=1e-5)
-    else:
-        assert not {"trust_region/kl", "trust_region/saturated"} & set(info)
+def test_the_target_is_worth_less_than_each_of_its_twins():
+    agent, batch = setup(gamma=0.9)
+    agent.q_a_target = Constructed(lambda obs, x: obs.sum(1))
+    batch |= {"terminated": torch.zeros(N).double()}
+    y = 0.3 * batch["reward"] + 0.9 * batch["next_obs"].sum(1)
+    loss = 0.5 * (agent.q_a(batch["obs"], batch["action"]) - y).square().mean(1).sum()
+    assert agent.update_action_critic(batch)["losses/q_a"].item() == pytest.approx(loss.item())
+
+
+def test_the_action_critic_values_the_steered_policy_and_touches_nothing_else():
+    agent, batch = setup()
+    before, asked = weights(agent), Constructed(lambda obs, x: x.sum(1))
+    agent.q_a_target = asked
+    noise = drawn(batch["action"])
+    agent.update_action_critic(batch)
+    torch.testing.assert_close(asked.asked[0][1], act(agent, batch["next_obs"], noise))
+    assert not torch.allclose(asked.asked[0][1], agent.decoder(batch["next_obs"], noise))
+    before = {name: tensor for name, tensor in before.items() if name in agent.state_dict()}
+    assert changed(before, agent) == {"q_a"}
+
+
+# --- Q^W ---
+
+
+def test_the_latent_critic_is_distilled_slice_by_slice_member_to_member():
+    """Lines 12 to 15, over the unshifted prior, unclipped, from the online Q^A."""
+    agent, batch = setup(n=32, batch_size=8, lr=1e-3, noise_bound=0.5)
+    before, reference = weights(agent), copy.deepcopy(agent.q_w)
+    noise = drawn(batch["action"])
+    y = torch.from_numpy(twins(agent.q_a, batch["obs"], agent.decoder(batch["obs"], noise)))
+    x = torch.cat([batch["obs"], noise], 1)
+    for i, twin in enumerate(reference):
+        optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
+        for rows in torch.arange(32).split(8):
+            optimizer.zero_grad()
+            (0.5 * (twin(x[rows])[:, 0] - y[i, rows]).square().mean()).backward()
+            optimizer.step()
+
+    info = agent.update_latent_critic(batch)
+    for twin, network in zip(reference, agent.q_w):
+        torch.testing.assert_close(flat(network), flat(twin), rtol=1e-5, atol=1e-8)
+    assert info["losses/q_w_value"].item() == pytest.approx(y.mean().item(), rel=1e-6)
+    assert changed(before, agent) == {"q_w"}
+
+
+# --- Delta and alpha ---
+
+
+def lagrangian(agent, batch, noise):
+    """Equation 8, negative: alpha (E||Delta||^2 - delta) - E[Q^W]; and E||Delta||^2."""
+    args, shift = agent.args, output(agent.perturbation, batch["obs"])
+    w = np.clip(noise.numpy() + shift, -args.noise_bound, args.noise_bound)
+    q = twins(agent.q_w, batch["obs"], torch.from_numpy(w)).min(0).mean()
+    norm = {"sum": np.sum, "mean": np.mean}[args.delta_norm](shift**2, 1).mean()
+    return agent.alpha.item() * (norm - args.delta) - q, norm
+
+
+VARIANTS = [{}, {"delta_norm": "sum"}, {"noise_bound": 0.8}, {"lagrangian": False}]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_delta_follows_finite_differences_of_the_lagrangian(settings):
+    agent, batch = setup(alpha_init=1.7, **settings)
+    noise, before = drawn(batch["action"]), flat(agent.perturbation)
+    loss, norm = lagrangian(agent, batch, noise)
+    directions = [torch.randn(len(before)).double() for _ in range(3)]
+    expected = []
+    for direction in directions:
+        side = []
+        for h in (1e-5, -1e-5):
+            moved = before + h * direction
+            nn.utils.vector_to_parameters(moved, agent.perturbation.parameters())
+            side.append(lagrangian(agent, batch, noise)[0])
+        expected.append((side[0] - side[1]) / 2e-5)
+    nn.utils.vector_to_parameters(before.clone(), agent.perturbation.parameters())
+    plain_gradient_steps(agent)
+    drawn(batch["action"])
+
+    info = agent.update_perturbation(batch)
+    gradient = before - flat(agent.perturbation)
+    assert [(gradient @ d).item() for d in directions] == pytest.approx(expected, rel=1e-4)
+    assert info["losses/perturbation"].item() == pytest.approx(loss, rel=1e-6)
+    assert info["trust_region/sq_norm"].item() == pytest.approx(norm, rel=1e-6)
+    assert info["trust_region/violation"].item() == pytest.approx(norm / 0.2 - 1, rel=1e-6)
     assert not any(value.requires_grad for value in info.values())
 
 
-def test_the_kl_is_that_of_torch_distributions():
-    agent, batch, args = setup()
-    shifted = torch.distributions.Normal(agent.perturbation(batch["obs"]).detach(), 1.0)
-    kl = torch.distributions.kl_divergence(shifted, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
-    assert lpds.update_perturbation(agent, batch, args)["trust_region/kl"].item() == pytest.approx(kl.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("settings", [{}, {"perturb": "action"}, {"noise_bound": 0.8}, {"lagrangian": False}])
 @pytest.mark.parametrize("norm", ["sum", "mean"])
-def test_the_step_of_delta_follows_finite_differences_of_the_lagrangian(norm, settings):
-    agent, batch, args = setup(delta_norm=norm, delta=0.2, alpha_init=1.7, **settings)
-    batch = to_double(agent, batch)
-    noise, before, copy_ = drawn(5, batch["action"]), flat(agent.perturbation), copy.deepcopy(agent)
-    plain_gradient_step(agent, "perturbation")
-    lpds.update_perturbation(agent, batch, args)
-    gradient = before - flat(agent.perturbation)
-    assert gradient.norm() > 1e-3
-    for direction in (gradient / gradient.norm(), torch.randn(len(gradient), dtype=torch.float64)):
-        side = []
-        for h in (1e-6, -1e-6):
-            nn.utils.vector_to_parameters(before + h * direction, copy_.perturbation.parameters())
-            side.append(lagrangian(copy_, batch, noise, args)[0])
-        assert (side[0] - side[1]) / 2e-6 == pytest.approx((gradient @ direction).item(), rel=1e-4, abs=1e-7)
+def test_the_kl_is_that_of_torch_distributions(norm):
+    agent, batch = setup(delta_norm=norm)
+    shifted = torch.distributions.Normal(agent.perturbation(batch["obs"]).detach(), 1.0)
+    prior = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(shifted, prior).sum(1).mean().item()
+    assert agent.update_perturbation(batch)["trust_region/kl"].item() == pytest.approx(kl)
 
 
-@pytest.mark.parametrize("delta, step", [(1e-6, 5.0), (1e6, -1.0), (None, None)])
-def test_log_dual_moves_alpha_by_clipped_relative_steps(delta, step):
-    agent, batch, args = setup(alpha_init=0.7, alpha_lr=0.03)
-    sq_norm = agent.perturbation(batch["obs"]).square().mean().item()
-    args.delta = delta or sq_norm / 1.6
-    info = lpds.update_perturbation(agent, batch, args)
-    expected = 0.7 * math.exp(0.03 * (step if delta else 0.6))
-    assert agent.alpha.item() == pytest.approx(expected, rel=1e-5)
-    assert info["trust_region/alpha"].item() == agent.alpha.item()
-    lpds.update_perturbation(agent, batch, args)
-    assert info["trust_region/alpha"].item() == pytest.approx(expected, rel=1e-5)  # a value, not a view of alpha
-
-
-def test_log_dual_at_delta_zero_falls_by_one_step():
-    agent, batch, args = setup(moved=False, alpha_lr=0.03)
-    lpds.update_perturbation(agent, batch, args)
-    assert agent.alpha.item() == pytest.approx(math.exp(-0.03), rel=1e-6)
+@pytest.mark.parametrize("delta, step", [(1e-6, 5.0), (1e6, -1.0), (None, 0.6)])
+def test_the_log_dual_takes_clipped_relative_steps(delta, step):
+    agent, batch = setup(alpha_init=0.7, alpha_lr=0.03)
+    agent.args.delta = delta or (output(agent.perturbation, batch["obs"]) ** 2).mean() / 1.6
+    info = agent.update_perturbation(batch)
+    expected = 0.7 * math.exp(0.03 * step)
+    assert agent.alpha.item() == pytest.approx(expected, rel=1e-6)
+    agent.update_perturbation(batch)
+    assert info["trust_region/alpha"].item() == pytest.approx(expected, rel=1e-6)  # not a view
 
 
 @pytest.mark.parametrize("alpha, delta", [(1.0, 0.01), (1.0, 3.0), (0.001, 3.0)])
 @pytest.mark.parametrize("norm", ["sum", "mean"])
-def test_linear_dual_is_equation_10_projected_at_zero(norm, alpha, delta):
-    agent, batch, args = setup(dual="linear", delta_norm=norm, alpha_init=alpha, delta=delta, alpha_lr=0.05)
-    _, sq_norm = lagrangian(agent, batch, torch.zeros(N, D), args)
-    lpds.update_perturbation(agent, batch, args)
-    assert agent.alpha.item() == pytest.approx(max(0.0, alpha + 0.05 * (sq_norm - delta)), rel=1e-5, abs=1e-9)
+def test_the_linear_dual_is_equation_10_projected_at_zero(norm, alpha, delta):
+    settings = dict(dual="linear", delta_norm=norm, alpha_init=alpha, delta=delta, alpha_lr=0.05)
+    agent, batch = setup(**settings)
+    _, sq_norm = lagrangian(agent, batch, batch["action"])
+    agent.update_perturbation(batch)
+    expected = max(0.0, alpha + 0.05 * (sq_norm - delta))
+    assert agent.alpha.item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("dual", ["log", "linear"])
 def test_no_lagrangian_leaves_alpha_at_zero(dual):
-    agent, batch, args = setup(lagrangian=False, dual=dual, delta=1e-4)
+    agent, batch = setup(lagrangian=False, dual=dual, delta=1e-4)
     for _ in range(3):
-        lpds.update_perturbation(agent, batch, args)
+        agent.update_perturbation(batch)
     assert agent.alpha.item() == 0.0
 
 
-@pytest.mark.parametrize("perturb", ["noise", "action"])
-def test_an_update_of_delta_touches_nothing_but_delta_and_alpha(perturb):
-    agent, batch, args = setup(perturb=perturb)
+def test_an_update_of_delta_touches_delta_and_alpha_alone():
+    agent, batch = setup()
     before = weights(agent)
-    lpds.update_perturbation(agent, batch, args)
-    assert changed(before, weights(agent)) == {"perturbation", "alpha"}
-    rest = [p for name, p in agent.named_parameters() if not name.startswith("perturbation")]
-    assert all(p.grad is None for p in rest)
-    assert not agent.optimizers["q_a"].state and not agent.optimizers["q_w"].state
+    agent.update_perturbation(batch)
+    assert changed(before, agent) == {"perturbation", "alpha"}
 
 
-def test_the_noise_bound_holds_and_is_counted():
-    agent, batch, args = setup(noise_bound=1.1)
+@pytest.mark.parametrize("bound", [math.inf, 1.1])
+def test_the_noise_bound_holds_in_the_update_and_in_the_policy(bound):
+    agent, batch = setup(noise_bound=bound)
     agent.q_w = Constructed(lambda obs, w: w.sum(1))
-    noise = drawn(5, batch["action"])
-    beyond = ((noise + agent.perturbation(batch["obs"])).abs() > 1.1).float().mean().item()
-    info = lpds.update_perturbation(agent, batch, args)
-    assert 0.1 < beyond < 0.9 and info["trust_region/saturated"].item() == pytest.approx(beyond)
-    assert agent.q_w.asked[0].abs().max() == pytest.approx(1.1)
-    obs, far = torch.randn(64, OBS), 5 * torch.randn(64, D)
-    clipped = (far + agent.perturbation(obs)).clamp(-1.1, 1.1)
-    assert torch.equal(agent.act(obs, far), agent.decoder(obs, clipped))
+    obs, noise = batch["obs"], drawn(batch["action"])
+    w = torch.from_numpy(np.clip(noise.numpy() + output(agent.perturbation, obs), -bound, bound))
+    agent.update_perturbation(batch)
+    torch.testing.assert_close(agent.q_w.asked[0][1], w)
+    assert (w.abs().max() == 1.1) == (bound == 1.1)
+    torch.testing.assert_close(agent.steer(obs, 5 * noise), act_noise(agent, obs, 5 * noise, bound))
 
 
-def test_without_a_noise_bound_nothing_is_clipped_or_counted():
-    agent, batch, args = setup()
-    agent.q_w = Constructed(lambda obs, w: w.sum(1))
-    noise = drawn(5, batch["action"])
-    shifted = (noise + agent.perturbation(batch["obs"])).detach()
-    assert lpds.update_perturbation(agent, batch, args)["trust_region/saturated"].item() == 0
-    assert torch.equal(agent.q_w.asked[0], shifted)
+def act_noise(agent, obs, noise, bound):
+    return torch.from_numpy(np.clip(noise.numpy() + output(agent.perturbation, obs), -bound, bound))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_the_first_policy_is_exactly_the_frozen_one(kind):
+    torch.manual_seed(0)
+    decoder = lpds.Decoder(decoder_file(OBS, ACT, CHUNK, kind))
+    agent = lpds.Agent(lpds.Args(hidden_size=16), decoder)
+    obs, noise = torch.randn(64, OBS), torch.randn(64, D)
+    assert torch.equal(agent.act(obs, noise), decoder(obs, noise))
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
 
 
 @pytest.mark.parametrize("dual, norm", [("log", "sum"), ("log", "mean"), ("linear", "sum")])
 def test_delta_and_alpha_converge_to_the_known_optimum(dual, norm):
-    """Q^W(s, w) = c.w: the best Delta in the budget is c sqrt(delta) / |c|, at the price alpha = |c| / (2 sqrt(delta)).
-
-    A mean over d coordinates is the sum with a budget of d * delta, and a price that is d times higher.
-    """
-    settings = dict(delta=0.3, dual=dual, delta_norm=norm, lr=2e-3, alpha_lr=0.02, n=64)
-    agent, batch, args = setup(**settings)
+    """Q^W(s, w) = c.w: the best shift in the budget is c sqrt(delta) / |c|, at the price
+    |c| / (2 sqrt(delta)). A mean over d is a sum with a budget of d delta, at d times the price."""
+    agent, batch = setup(delta=0.3, dual=dual, delta_norm=norm, lr=4e-3, alpha_lr=0.02)
+    agent.float()
     c = 2 * torch.tensor([1.0, -2.0, 0.5, 0.0, 1.5, -0.3])
     agent.q_w = Constructed(lambda obs, w: w @ c)
     history = []
-    for _ in range(2500):
-        batch["obs"] = torch.randn(64, OBS)
-        info = lpds.update_perturbation(agent, batch, args)
-        history.append((info["trust_region/sq_norm"].item(), info["trust_region/alpha"].item()))
-    sq_norm, alpha = np.mean(history[-500:], 0)
+    for _ in range(1200):
+        info = agent.update_perturbation({"obs": torch.randn(32, OBS), "action": torch.ones(32, D)})
+        history.append([info["trust_region/sq_norm"].item(), info["trust_region/alpha"].item()])
+    sq_norm, alpha = np.mean(history[-300:], 0)
     budget, unit = (0.3, 1) if norm == "sum" else (0.3 * D, D)
-    assert sq_norm / 0.3 == pytest.approx(1, abs=0.05)
+    assert sq_norm == pytest.approx(0.3, rel=0.05)
     assert alpha == pytest.approx(unit * c.norm().item() / (2 * math.sqrt(budget)), rel=0.05)
     shift = agent.perturbation(torch.randn(256, OBS)).mean(0)
     torch.testing.assert_close(shift, c * math.sqrt(budget) / c.norm(), atol=0.1, rtol=0)
 
 
-# --- update_action_critic ---
-
-
-def td_target(agent, batch, args, noise):
-    """Algorithm 1, line 10, in numpy but for the networks."""
-    shift = agent.perturbation(batch["next_obs"]).detach()
-    if args.perturb == "noise":
-        w = noise + shift
-        action = agent.decoder(batch["next_obs"], w if args.noise_bound == "none" else w.clamp(-0.8, 0.8))
-    else:
-        action = torch.from_numpy(np.clip((agent.decoder(batch["next_obs"], noise) + shift).numpy(), -1, 1))
-    value = np.minimum(*agent.q_a_target(batch["next_obs"], action).detach().numpy())
-    reward, terminated = batch["reward"].numpy(), batch["terminated"].numpy()
-    return agent.reward_scale.item() * reward + args.gamma * np.where(terminated == 1, 0, value)
-
-
-@pytest.mark.parametrize("settings", [{}, {"perturb": "action"}, {"noise_bound": 0.8}])
-def test_the_action_critic_follows_its_td_target(settings):
-    agent, batch, args = setup(gamma=0.9, tau=0.05, **settings)
-    batch = to_double(agent, batch)
-    y = td_target(agent, batch, args, drawn(5, batch["action"]))
-    frozen = copy.deepcopy(agent)
-    nn.init.zeros_(frozen.perturbation[-1].weight)
-    nn.init.zeros_(frozen.perturbation[-1].bias)
-    assert np.abs(td_target(frozen, batch, args, drawn(5, batch["action"])) - y).max() > 1e-3  # steering matters here
-    before, target_before = flat(agent.q_a), flat(agent.q_a_target)
-    q = agent.q_a(batch["obs"], batch["action"])
-    loss = sum(0.5 * np.mean((member - y) ** 2) for member in q.detach().numpy())
-    reference = copy.deepcopy(agent.q_a)
-    error = reference(batch["obs"], batch["action"]) - torch.from_numpy(y)
-    gradient = torch.autograd.grad((error**2).sum() / (2 * N), list(reference.parameters()))
-    plain_gradient_step(agent, "q_a")
-    torch.manual_seed(5)
-    info = lpds.update_action_critic(agent, batch, args)
-
-    assert info["losses/q_a"].item() == pytest.approx(loss, rel=1e-9)
-    assert info["losses/q_a_value"].item() == pytest.approx(q.mean().item(), rel=1e-9)
-    torch.testing.assert_close(before - flat(agent.q_a), torch.cat([g.reshape(-1) for g in gradient]))
-    # Polyak, towards the weights after the step
-    torch.testing.assert_close(flat(agent.q_a_target), 0.95 * target_before + 0.05 * flat(agent.q_a))
-
-
-def test_a_termination_stops_the_bootstrap():
-    agent, batch, args = setup()
-    batch["terminated"][:] = 1
-    other = batch | {"next_obs": torch.randn(N, OBS)}
-    losses = [lpds.update_action_critic(copy.deepcopy(agent), b, args)["losses/q_a"] for b in (batch, other)]
-    assert losses[0] == losses[1]
-
-
-def test_polyak_at_its_ends():
-    for tau in (0.0, 1.0):
-        agent, batch, args = setup(tau=tau)
-        before = flat(agent.q_a_target)
-        lpds.update_action_critic(agent, batch, args)
-        assert torch.equal(flat(agent.q_a_target), flat(agent.q_a) if tau else before)
-
-
-@pytest.mark.parametrize("perturb", ["noise", "action"])
-def test_an_update_of_the_action_critic_touches_it_and_its_target_alone(perturb):
-    agent, batch, args = setup(perturb=perturb)
-    before = weights(agent)
-    lpds.update_action_critic(agent, batch, args)
-    assert changed(before, weights(agent)) == {"q_a", "q_a_target"}
-    assert all(p.grad is None for name, p in agent.named_parameters() if not name.startswith("q_a."))
-
-
-# --- update_latent_critic ---
-
-
-def test_the_latent_critic_equals_slice_by_slice_distillation():
-    agent, batch, args = setup(n=4 * 8, batch_size=8, lr=1e-3, noise_bound=0.5)
-    noise, reference, before = drawn(5, batch["action"]), copy.deepcopy(agent.q_w), weights(agent)
-    optimizer = torch.optim.Adam(reference.parameters(), lr=1e-3)
-    for step in range(4):
-        rows = slice(8 * step, 8 * step + 8)
-        obs, w = batch["obs"][rows], noise[rows]  # the unshifted prior, unclipped
-        with torch.no_grad():
-            y = agent.q_a(obs, agent.decoder(obs, w))
-        q = reference(obs, w)
-        loss = sum(0.5 * ((q[i] - y[i]) ** 2).mean() for i in range(2))  # member to member
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    info = lpds.update_latent_critic(agent, batch, args)
-    torch.testing.assert_close(flat(agent.q_w), flat(reference), atol=1e-6, rtol=1e-5)
-    assert info["losses/q_w"].item() == pytest.approx(loss.item(), rel=1e-4)
-    with torch.no_grad():
-        values = agent.q_a(batch["obs"], agent.decoder(batch["obs"], noise))
-    assert info["losses/q_w_value"].item() == pytest.approx(values.mean().item(), rel=1e-5)
-    assert changed(before, weights(agent)) == {"q_w"}
-    assert all(p.grad is None for name, p in agent.named_parameters() if not name.startswith("q_w."))
-
-
-# --- the policy ---
-
-
-@pytest.mark.parametrize("kind", ["diffusion", "flow"])
-@pytest.mark.parametrize("perturb", ["noise", "action"])
-def test_the_first_policy_is_exactly_the_frozen_one(kind, perturb):
-    torch.manual_seed(0)
-    agent = Agent(Args(hidden_size=16, perturb=perturb), tiny_decoder(kind))
-    obs, noise = torch.randn(64, OBS), torch.randn(64, D)
-    assert torch.equal(agent.act(obs, noise), agent.decoder(obs, noise))
-    assert all(parameter.requires_grad is False for parameter in agent.decoder.parameters())
-
-
-def test_the_steered_policy_decodes_shifted_noise_or_shifts_and_clips_the_action():
-    agent, batch, _ = setup()
-    obs, noise, shift = batch["obs"], batch["action"], agent.perturbation(batch["obs"]).detach()
-    assert torch.equal(agent.act(obs, noise), agent.decoder(obs, noise + shift))
-    agent, batch, _ = setup(perturb="action")
-    agent.perturbation[-1].bias.data += torch.tensor([9.0, -9.0, 0, 0, 0, 0])
-    shift, action = agent.perturbation(obs).detach(), agent.act(obs, noise)
-    assert (action[:, 0] == 1).all() and (action[:, 1] == -1).all()
-    torch.testing.assert_close(action, (agent.decoder(obs, noise) + shift).clamp(-1, 1))
-
-
-# --- chunks ---
+# --- environment ---
 
 
 class Counter(gym.Env):
-    """Observation: (steps of this episode, resets); reward of step t: 10^-t; ends in a fall at step `fall`."""
+    """Observation: (steps of this episode, resets); reward 10^-t; falls at step `fall`."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gym.spaces.Box(np.array([-1, -0.5], np.float32), np.array([1, 0.25], np.float32))
+    action_space = gym.spaces.Box(np.array([-1, -0.5], "f4"), np.array([1, 0.25], "f4"))
 
-    def __init__(self, fall=None, success=None):
-        self.fall, self.success, self.resets, self.actions = fall, success, 0, []
+    def __init__(self, fall=None, reward=None):
+        self.fall, self.reward, self.resets, self.actions = fall, reward, 0, []
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -393,405 +343,452 @@ class Counter(gym.Env):
     def step(self, action):
         self.t += 1
         self.actions.append(action)
-        info = {} if self.success is None else {"success": self.t == self.success}
-        return np.array([self.t, self.resets], float), 10.0**-self.t, self.t == self.fall, False, info
+        reward = self.reward or 10.0**-self.t
+        return np.array([self.t, self.resets], float), reward, self.t == self.fall, False, {}
 
 
-STATS = {"obs_min": [-1.0, 3.0], "obs_max": [3.0, 3.5], "action_min": [-2.0, -0.5], "action_max": [1.0, 1.5]}
+COUNTER = decoder_file(2, 2, 4)
+LOW, HIGH = np.array([-1.0, 3.0]), np.array([3.0, 3.5])
+ACTION_LOW, ACTION_HIGH = np.array([-2.0, -0.5]), np.array([1.0, 1.5])
+RANGES = dict(obs_min=LOW, obs_max=HIGH, action_min=ACTION_LOW, action_max=ACTION_HIGH)
+COUNTER["normalization"] = {name: torch.tensor(value).float() for name, value in RANGES.items()}
 
 
-@pytest.fixture
-def toy():
-    """toy(limit, fall=...) -> an environment of chunks of 4, made as the script makes it."""
-    made = []
-
-    def make(limit, **kwargs):
-        name = f"LpdsCounter{len(made)}-v0"
-        made.append(name)
-        gym.register(name, Counter, max_episode_steps=limit)
-        return lpds.make_env(name, 4, STATS, **kwargs)
-
-    yield make
-    for name in made:
-        del gym.registry[name]
+def counter(limit, **kwargs):
+    """An environment of chunks of 4, made as the script makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gym.registry, "Counter-v0", None)
+        del gym.registry["Counter-v0"]
+        gym.register("Counter-v0", Counter, max_episode_steps=limit)
+        return lpds.make_env("Counter-v0", COUNTER, **kwargs)
 
 
 def seen(t, resets=1):
-    """The observation after t steps, normalised by DPPO's formula, in numpy."""
-    low, high = np.array(STATS["obs_min"]), np.array(STATS["obs_max"])
-    return (2 * ((np.array([t, resets]) - low) / (high - low + 1e-6) - 0.5)).astype(np.float32)
+    """The observation after t steps, by DPPO's formula."""
+    return (2 * ((np.array([t, resets]) - LOW) / (HIGH - LOW + 1e-6) - 0.5)).astype(np.float32)
 
 
-def play(env, chunks=1, value=0.0):
-    return [env.step(np.full(8, value, np.float32)) for _ in range(chunks)]
+def play(env, chunks=1):
+    return [env.step(np.zeros(8, np.float32)) for _ in range(chunks)]
 
 
-def test_a_chunk_is_executed_open_loop_and_its_rewards_are_summed(toy):
-    env = toy(100)
-    assert isinstance(env, lpds.ActionChunk)
-    obs, info = env.reset(seed=0)
-    assert np.array_equal(obs, seen(0)) and obs.dtype == np.float32 and env.observation_space.contains(obs)
+def test_a_chunk_is_executed_open_loop_and_its_rewards_are_summed():
+    env = counter(100)
+    obs, _ = env.reset(seed=0)
+    assert np.array_equal(obs, seen(0)) and obs.dtype == np.float32
     assert env.action_space == gym.spaces.Box(-1, 1, (8,), np.float32)
-    (obs, reward, terminated, truncated, info), (obs2, reward2, *_) = play(env, 2)
+    (obs, reward, terminated, truncated, _), (obs2, reward2, *_) = play(env, 2)
     assert np.array_equal(obs, seen(4)) and np.array_equal(obs2, seen(8))
     assert reward == pytest.approx(0.1111) and reward2 == pytest.approx(0.00001111)
-    assert (terminated, truncated) == (False, False) and info == {"steps": 4, "success": False}
+    assert (terminated, truncated, env.steps) == (False, False, 4)
 
 
-def test_actions_are_unnormalised_row_by_row_and_clipped_to_the_box(toy):
-    env, action = toy(100), np.random.default_rng(0).uniform(-1, 1, 8).astype(np.float32)
+def test_actions_come_from_the_range_of_the_data_and_are_clipped_to_the_box():
+    env, action = counter(100), np.random.default_rng(0).uniform(-1, 1, 8).astype(np.float32)
     env.reset(seed=0)
     env.step(action)
-    low, high, box = np.array(STATS["action_min"]), np.array(STATS["action_max"]), env.unwrapped.action_space
-    wanted = (action.reshape(4, 2).astype(np.float64) + 1) / 2 * (high - low) + low
+    box, rows = env.unwrapped.action_space, action.reshape(4, 2).astype(np.float64)
+    wanted = (rows + 1) / 2 * (ACTION_HIGH - ACTION_LOW) + ACTION_LOW
     assert (wanted < box.low).any() and (wanted > box.high).any()
     executed = np.array(env.unwrapped.actions)
     np.testing.assert_allclose(executed, np.clip(wanted, box.low, box.high), rtol=1e-6)
-    assert all(box.contains(a) for a in executed)
 
 
-def test_a_chunk_stops_at_the_time_limit_inside_it(toy):
-    env = toy(6)
+@pytest.mark.parametrize("fall, limit", [(None, 6), (6, 100), (6, 6)])
+def test_a_chunk_stops_with_its_episode(fall, limit):
+    env = counter(limit, fall=fall)
     env.reset(seed=0)
     _, (obs, reward, terminated, truncated, info) = play(env, 2)
-    assert (terminated, truncated) == (False, True) and len(env.unwrapped.actions) == 6
+    assert (terminated, truncated) == (fall == 6, limit == 6)
+    assert len(env.unwrapped.actions) == 6 and env.steps == 2
     assert np.array_equal(obs, seen(6)) and reward == pytest.approx(0.000011)
-    assert info["steps"] == 2 and info["success"] is True  # no success flag: reaching the time limit counts
     assert info["episode"]["r"] == pytest.approx(0.111111) and info["episode"]["l"] == 6
-    env.reset()
-    assert play(env)[0][4]["success"] is False
 
 
-def test_a_chunk_stops_at_a_fall_inside_it(toy):
-    env = toy(6, fall=3)
-    env.reset(seed=0)
-    ((obs, reward, terminated, truncated, info),) = play(env)
-    assert (terminated, truncated) == (True, False) and len(env.unwrapped.actions) == 3
-    assert np.array_equal(obs, seen(3)) and reward == pytest.approx(0.111)
-    assert info["steps"] == 3 and info["success"] is False and info["episode"]["l"] == 3
+# --- evaluation ---
 
 
-def test_a_fall_at_the_time_limit_is_no_success(toy):
-    env = toy(4, fall=4)
-    env.reset(seed=0)
-    ((_, _, terminated, truncated, info),) = play(env)
-    assert terminated and truncated and info["success"] is False
+class Recorder(gym.Env):
+    """An episode of `length` chunks, or until an action above 50; keeps seeds and actions."""
 
-
-def test_the_success_flag_of_an_environment_counts_at_any_step(toy):
-    env = toy(12, success=2)  # true at step 2 only, false again afterwards
-    env.reset(seed=0)
-    assert [info["success"] for *_, info in play(env, 3)] == [True, True, True]
-    env.reset()
-    env.unwrapped.success = 99
-    assert [info["success"] for *_, info in play(env, 3)] == [False, False, False]  # its time limit is no success
-
-
-def test_vector_environments_hand_out_the_real_final_observation(toy):
-    makers = [lambda: toy(6, fall=3), lambda: toy(6)]
-    envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    envs.reset(seed=0)
-    obs, reward, terminated, truncated, info = envs.step(np.zeros((2, 8), np.float32))
-    assert terminated.tolist() == [True, False] and np.array_equal(info["final_obs"][0], seen(3))
-    assert np.array_equal(obs, [seen(0, 2), seen(4)])
-    assert info["final_info"]["steps"][0] == 3 and info["steps"].tolist() == [0, 4]
-    obs, reward, terminated, truncated, info = envs.step(np.zeros((2, 8), np.float32))
-    assert truncated.tolist() == [False, True] and terminated.tolist() == [True, False]
-    assert np.array_equal(info["final_obs"][1], seen(6)) and info["final_info"]["steps"].tolist() == [3, 2]
-    assert info["final_info"]["success"].tolist() == [False, True]
-    assert info["final_info"]["episode"]["l"].tolist() == [3, 6]
-
-
-@pytest.mark.parametrize("env_id", ENVS)
-def test_an_environment_goes_on_from_its_state_to_the_bit(env_id, tmp_path):
-    """Into a fresh environment, through a file; physics, time limit, statistics and the generator of later resets."""
-    size = gym.spec(env_id).make().action_space.shape[0]
-    dims = gym.spec(env_id).make().observation_space.shape[0]
-    stats = {"obs_min": -np.ones(dims), "obs_max": np.ones(dims)}
-    stats |= {"action_min": -np.ones(size), "action_max": np.ones(size)}
-    make = partial(lpds.make_env, env_id, 4, stats, max_episode_steps=30)
-
-    def go_on(env):
-        rng, trace = np.random.default_rng(1), []
-        for _ in range(12):
-            obs, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, 4 * size))
-            trace.append([*obs, reward, terminated, truncated, info["steps"], info["success"]])
-            if terminated or truncated:
-                trace += [list(info["episode"][key] for key in "rl"), env.reset()[0]]
-        return [np.asarray(row, np.float64).tobytes() for row in trace]
-
-    env = make()
-    env.reset(seed=3)
-    for chunk in np.random.default_rng(0).uniform(-0.3, 0.3, (3, 4 * size)):
-        env.step(chunk)
-    torch.save(lpds.env_state(env), tmp_path / "state.pt")
-    expected = go_on(env)
-    fresh = make()
-    fresh.reset(seed=99)
-    fresh.step(np.ones(4 * size))
-    lpds.env_state(fresh, torch.load(tmp_path / "state.pt", weights_only=True))
-    assert go_on(fresh) == expected
-
-
-# --- evaluation and probe ---
-
-
-class Recorder:
-    """An episode of `length` steps, or until an action above 50; writes down seed and actions."""
-
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (D,), np.float32)
 
     def __init__(self, length):
-        self.length = length
+        self.length, self.seeds, self.episodes = length, [], []
 
-    def reset(self, seed):
-        self.seed, self.t, self.actions = seed, 0, []
-        return np.full(OBS, seed, np.float32), {}
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.episodes.append([])
+        return self.np_random.standard_normal(OBS).astype(np.float32), {}
 
     def step(self, action):
-        self.t += 1
-        self.actions.append(action.copy())
-        over = self.t == self.length
-        obs = np.full(OBS, self.seed, np.float32)
-        return obs, 1.0, bool(action[0] > 50), over, {"steps": 3, "success": over}
+        self.episodes[-1].append(action.copy())
+        over = len(self.episodes[-1]) == self.length
+        reward = float(len(self.episodes))  # 1 in the first episode
+        return np.zeros(OBS, np.float32), reward, bool(action[0] > 50), over, {}
 
 
-def test_an_evaluation_episode_does_not_depend_on_the_others():
-    policies = [lambda obs, noise: noise, lambda obs, noise: torch.where(obs[:, :1] % 2 == 0, 99.0, noise)]
-    sets = [[Recorder(length) for length in (4, 7, 2, 5)] for _ in policies]
-    whole, cut = (lpds.evaluate(policy, envs, 100, "cpu") for policy, envs in zip(policies, sets))
-    assert [env.seed for env in sets[0]] == [100, 101, 102, 103]
+def recorders(*lengths):
+    makers = [lambda n=n: gym.wrappers.RecordEpisodeStatistics(Recorder(n)) for n in lengths]
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def test_an_evaluation_is_the_first_episode_of_each_and_independent_of_the_others():
+    def cut(obs, noise):  # the first and the third end at once
+        return torch.where(torch.arange(4)[:, None] % 2 == 0, 99.0, noise)
+
+    results, envs = [], []
+    for policy in (lambda obs, noise: noise, cut):
+        envs.append(recorders(4, 7, 2, 5))
+        results.append(lpds.evaluate(policy, envs[-1], "cpu"))
+    assert results[0] == {"return": [4, 7, 2, 5], "length": [4, 7, 2, 5], "success": [1, 1, 1, 1]}
+    assert results[1] == {"return": [1, 7, 1, 5], "length": [1, 7, 1, 5], "success": [0, 1, 0, 1]}
+    first = [[env.unwrapped.episodes[0] for env in both.envs] for both in envs]
     for i in (1, 3):
-        np.testing.assert_array_equal(sets[0][i].actions, sets[1][i].actions)
-    assert whole["return"].tolist() == [4, 7, 2, 5] and whole["length"].tolist() == [12, 21, 6, 15]
-    assert whole["success"].all() and cut["success"].tolist() == [False, True, False, True]
-    assert cut["return"].tolist() == [1, 7, 1, 5]
-    drawn_noise = np.concatenate([env.actions for env in sets[0]])
-    assert len(np.unique(drawn_noise)) == drawn_noise.size and abs(drawn_noise.mean()) < 0.3  # fresh in each step
+        np.testing.assert_array_equal(first[0][i], first[1][i])
+    noise = np.concatenate(first[0])
+    assert len(np.unique(noise)) == noise.size and abs(noise.mean()) < 0.3  # fresh at each step
 
 
-def test_evaluation_repeats_and_frozen_equals_unmoved_agent():
+def test_an_evaluation_repeats_and_leaves_the_generators_alone(tiny_backbone):
+    file = torch.load(tiny_backbone("Hopper"), weights_only=True)
+    makers = [partial(lpds.make_env, "Hopper-v5", file)] * 3
+    envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     torch.manual_seed(0)
-    agent = Agent(Args(hidden_size=16), tiny_decoder(obs_dim=11, action_dim=3, chunk=4))
-    stats = {"obs_min": -np.ones(11), "obs_max": np.ones(11), "action_min": -np.ones(3), "action_max": np.ones(3)}
-    envs, state = [lpds.make_env("Hopper-v5", 4, stats) for _ in range(3)], torch.get_rng_state()
-    first, again, steered = (lpds.evaluate(p, envs, 7, "cpu") for p in (agent.decoder, agent.decoder, agent.act))
-    other = lpds.evaluate(agent.decoder, envs, 8, "cpu")
-    for key in ("return", "success", "length"):
-        assert first[key].shape == (3,) and np.array_equal(first[key], again[key])
-        assert np.array_equal(first[key], steered[key])
-    assert not np.array_equal(first["return"], other["return"])
-    assert torch.equal(state, torch.get_rng_state())  # evaluating more or less often leaves training as it is
+    agent = lpds.Agent(lpds.Args(hidden_size=16), lpds.Decoder(file))
+    state = torch.get_rng_state()
+    policies = (agent.decoder, agent.decoder, agent.act)
+    first, again, steered = (lpds.evaluate(policy, envs, "cpu") for policy in policies)
+    assert first == again == steered and np.std(first["return"]) > 0
+    assert lpds.evaluate(agent.decoder, envs, "cpu", seed=1)["return"] != first["return"]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- probe and replay ---
+
+
+def replay_of(batch):
+    replay = lpds.Replay(len(batch["obs"]), OBS, D, "cpu")
+    replay.add(*batch.values())
+    return replay
 
 
 @pytest.mark.parametrize("sign, corr, tolerance", [(3, 1, 1e-3), (-1, -1, 1e-3), (0, 0, 0.1)])
-def test_probe_finds_a_perfect_latent_critic(sign, corr, tolerance):
+def test_probe_finds_how_well_the_latent_critic_ranks_noise(sign, corr, tolerance):
     """However far off it is from state to state; a random one ranks nothing."""
-    agent, batch, _ = setup()
+    agent, batch = setup()
+    agent.float()
 
     def q_w(obs, w):
         value = agent.q_a(obs, agent.decoder(obs, w)).mean(0)
         return sign * value + 10 * obs.sum(1) if sign else torch.randn(len(w))
 
     agent.q_w = Constructed(q_w)
-    assert lpds.probe(agent, batch["obs"], 0)["losses/q_w_corr"].item() == pytest.approx(corr, abs=tolerance)
+    info = lpds.probe(agent, replay_of(batch), seed=0)
+    assert info["losses/q_w_corr"].item() == pytest.approx(corr, abs=tolerance)
 
 
-def test_probe_correlates_within_states_over_steered_noise():
-    agent, batch, _ = setup(noise_bound=1.0)
+def test_probe_is_about_the_steered_policy_state_by_state():
+    agent, batch = setup(noise_bound=1.0)
+    agent.float()
     asked = []
-    agent.q_w.register_forward_hook(lambda module, inputs, output: asked.append((*inputs, output)))
-    corr = lpds.probe(agent, batch["obs"], 3)["losses/q_w_corr"].item()
-    obs, w, q_w = (x.detach() for x in asked[0])
-    assert len(w) == N * 64 and w.abs().max() == 1.0  # steered and bounded
-    q_a = agent.q_a(obs, agent.decoder(obs, w)).detach().mean(0).view(N, 64).numpy()
-    q_w = q_w.mean(0).view(N, 64).numpy()
-    assert (obs.view(N, 64, OBS) == batch["obs"][:, None]).all()
-    assert corr == pytest.approx(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(q_a, q_w)]), abs=1e-4)
+    agent.q_w.register_forward_hook(lambda module, inputs, out: asked.append((*inputs, out)))
+    info = lpds.probe(agent, replay_of(batch), seed=3, states=16, n=64)
+    obs, w, q_w = (x.detach().float() for x in asked[0])
+    assert len(w) == 16 * 64 and w.abs().max() == 1.0  # steered and bounded
+    action = agent.decoder(obs, w)
+    q_a, q_w = agent.q_a(obs, action).mean(0).detach(), q_w.mean(0)
+    states = torch.unique(obs, dim=0)
+    rows = [(obs == state).all(1) for state in states]
+    corr = [np.corrcoef(q_a[r], q_w[r])[0, 1] for r in rows for _ in range(r.sum() // 64)]
+    assert info["losses/q_w_corr"].item() == pytest.approx(np.mean(corr), abs=0.02)
+    entropy, ties = knn_entropy(action.view(16, 64, D))
+    assert info["entropy/action"] == pytest.approx(entropy.item(), abs=1e-4)
+    assert info["entropy/ties"] == ties
 
 
 def test_probe_sees_no_difference_at_delta_zero_and_one_beyond():
-    agent, batch, _ = setup(moved=False)
-    info, state = lpds.probe(agent, batch["obs"], 3), torch.get_rng_state()
+    agent, batch = setup(moved=False)
+    agent.float()
+    replay, state = replay_of(batch), torch.get_rng_state()
+    info, again = (lpds.probe(agent, replay, seed=3) for _ in range(2))
     assert info["entropy/action"] == info["entropy/action_frozen"]
-    again = lpds.probe(agent, batch["obs"], 3)
-    assert all(torch.equal(torch.as_tensor(info[key]), torch.as_tensor(again[key])) for key in info)
-    assert torch.equal(state, torch.get_rng_state())
+    assert info == again and torch.equal(state, torch.get_rng_state())  # logging changes no run
     agent.perturbation[-1].bias.data += 3.0
-    moved = lpds.probe(agent, batch["obs"], 3)
-    assert moved["entropy/action"] != info["entropy/action"]
+    moved = lpds.probe(agent, replay, seed=3)
+    assert moved["entropy/action"] < info["entropy/action"] - 0.1
     assert moved["entropy/action_frozen"] == info["entropy/action_frozen"]
-    agent, batch, _ = setup(perturb="action")
-    assert "losses/q_w_corr" not in lpds.probe(agent, batch["obs"], 3)  # there is no latent critic to judge
-
-
-# --- replay and files ---
 
 
 def test_replay_returns_rows_as_they_were_stored():
     torch.manual_seed(0)
-    replay, rng = Replay(50, OBS, D, "cpu"), np.random.default_rng(0)
+    replay, rng = lpds.Replay(50, OBS, D, "cpu"), np.random.default_rng(0)
     for start in range(0, 40, 4):
         key = np.arange(start, start + 4)
-        row = {"obs": key[:, None] + rng.random((4, OBS)), "action": key[:, None] + rng.random((4, D))}
-        row |= {"reward": key + 0.5, "next_obs": key[:, None] + rng.random((4, OBS)), "terminated": key % 2 == 1}
-        replay.add(**row)
+        obs, action, next_obs = (key[:, None] + rng.random((4, n)) for n in (OBS, D, OBS))
+        replay.add(obs, action, key + 0.5, next_obs, key % 2 == 1)
     batch = replay.sample(4000)
     key = batch["reward"].floor()
     for name in ("obs", "action", "next_obs"):
         assert torch.equal(batch[name].floor(), key[:, None].expand_as(batch[name]))
     assert torch.equal(batch["terminated"], key % 2)
     counts = np.bincount(key.long().numpy(), minlength=50)
-    assert (counts[:40] > 50).all() and not counts[40:].any()  # all that was stored, nothing beyond
+    assert (counts[:40] > 50).all() and not counts[40:].any()  # all that was stored, nothing else
 
 
-def test_a_failed_save_leaves_what_was_there_before(tmp_path, capsys):
-    path = tmp_path / "file"
-    lpds.save(path, lambda file: file.write_text("first"))
-    assert path.read_text() == "first"
-    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")):
-
-        def write(file, error=error):
-            file.write_text("half")
-            raise error
-
-        with pytest.raises(SystemExit) as stop:
-            lpds.save(path, write)
-        assert stop.value.code == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and str(path) in message and str(error) in message
-        assert path.read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["file"]
+# --- a tiny run, on an environment whose every step is known ---
 
 
-def test_csv_has_every_column_and_leaves_gaps_empty(tmp_path):
-    lpds.write_csv(tmp_path / "metrics.csv", [{"a": 1.0, "b": 1 / 3}, {"a": 20_000_000.0, "c": -1e-30}])
-    assert (tmp_path / "metrics.csv").read_text() == "a,b,c\n1,0.333333333,\n20000000,,-1e-30\n"
+class Known(gym.Env):
+    """Observation: (steps of this episode, resets); reward -1; episodes alternate between a fall
+    after three steps and the time limit after six."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,))
+    resets = 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.resets = 0, self.resets + 1
+        return np.array([0.0, self.resets]), {}
+
+    def step(self, action):
+        self.t += 1
+        falls = self.resets % 2 == 0 and self.t == 3
+        return np.array([self.t, self.resets], float), -1.0, falls, False, {}
 
 
-# --- command line ---
+PRIOR, WARMUP, EVALUATE, LOG, TOTAL = 60, 60, 100, 40, 300
+UTD, DISTILL, ENVS, EPISODES = 3, 2, 2, 3
+FLAGS = f"""--env-id Known-v0 --num-envs {ENVS} --eval-episodes {EPISODES} --prior-steps {PRIOR}
+    --warmup-steps {WARMUP} --eval-every {EVALUATE} --log-every {LOG} --total-timesteps {TOTAL}
+    --utd {UTD} --distill-steps {DISTILL} --hidden-size 16 --batch-size 8
+    --noise-bound 2.5""".split()
 
 
-def fits(value, kind):
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    return type(value) is kind
+def register_and_count():
+    """In the process of a run: Known-v0, and calls.json with the functions of the script called."""
+    gym.register("Known-v0", Known, max_episode_steps=6)
+    calls = []
+
+    def profile(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.endswith(SCRIPT):
+            calls.append(code.co_name)
+
+    sys.setprofile(profile)
+    return lambda: Path("calls.json").write_text(json.dumps(calls))
 
 
-HINTS = typing.get_type_hints(Args)
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """(run folder, names of called functions)"""
+    folder = tmp_path_factory.mktemp("known")
+    torch.save(decoder_file(2, 2, 4), folder / "known.pt")
+    run = finish(folder, SCRIPT, *FLAGS, "--backbone", "known.pt", before=register_and_count)
+    return run, json.loads((folder / "calls.json").read_text())
 
 
-def test_every_setting_has_a_docstring_and_a_default_of_its_type():
-    (body,) = [node.body for node in ast.parse(SCRIPT.read_text()).body if getattr(node, "name", "") == "Args"]
-    fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
-    for i in fields:
-        text = body[i + 1].value.value if i + 1 < len(body) and isinstance(body[i + 1], ast.Expr) else ""
-        name = body[i].target.id
-        assert len(text.split()) >= 3, f"--{name}: says too little about itself"
-        assert fits(getattr(Args(), name), HINTS[name]), name
-    assert len(fields) == len(HINTS) == len(dataclasses.fields(Args))
+def steps_after_each_vector_step(replay):
+    return (-replay["reward"]).view(-1, ENVS).sum(1).cumsum(0).int().tolist()
 
 
-@pytest.mark.parametrize("preset, values", [(p, v) for p, envs in PRESETS.items() for v in envs.values()])
-def test_presets_fill_existing_settings_with_values_of_their_type(preset, values):
-    assert {name: value for name, value in values.items() if not fits(value, HINTS[name])} == {}
+def test_updates_come_in_the_order_and_number_of_the_schedule(known):
+    run, calls = known
+    expected, before, vector_step = ["evaluate"], 0, 0
+    for after in steps_after_each_vector_step(checkpoint(run)["replay"]):
+        vector_step += 1
+        if after >= PRIOR and vector_step % 2 == 0:
+            one = ["update_action_critic", "descend"]
+            if after >= PRIOR + WARMUP:
+                one += ["update_perturbation", "descend"]
+            expected += one * UTD + ["update_latent_critic"] + ["descend"] * DISTILL
+        evaluates = after // EVALUATE > before // EVALUATE
+        if evaluates or after // LOG > before // LOG:
+            expected.append("probe")
+        if evaluates:
+            expected.append("evaluate")
+            vector_step = 0
+        before = after
+    assert [name for name in calls if name in expected] == expected
+    assert expected.count("evaluate") == 4 and expected.count("update_perturbation") > 20
 
 
-@pytest.mark.parametrize("env_id", ENVS)
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_presets_beat_defaults_and_flags_beat_presets(env_id, preset):
-    family, plain = env_id.split("-")[0], dataclasses.asdict(Args())
-    command = ["--env-id", env_id, "--preset", preset]
-    args, values = dataclasses.asdict(parse_args(command)), PRESETS[preset].get(family, {})
-    assert args == plain | values | {"env_id": env_id, "preset": preset}
+def test_only_a_fall_ends_the_bootstrap_and_a_time_limit_leads_to_its_real_observation(known):
+    replay = checkpoint(known[0])["replay"]
+    ranges = 2 + 1e-6 / 2  # of the observations, from -2 to 2
+    t, resets = (replay["obs"] * ranges).round().T.numpy()
+    t_next, resets_next = (replay["next_obs"] * ranges).round().T.numpy()
+    falls = (resets % 2 == 0) & (t == 0)
+    assert set(t) == {0, 4} and falls.any() and (t == 4).any()
+    np.testing.assert_array_equal(t_next, np.where(falls, 3, np.where(t == 0, 4, 6)))
+    np.testing.assert_array_equal(resets_next, resets)
+    np.testing.assert_array_equal(replay["terminated"].numpy() == 1, falls)
+    np.testing.assert_array_equal(-replay["reward"].numpy(), t_next - t)
+    assert replay["action"].abs().max() <= 1
+
+
+def test_automatic_reward_scale_makes_the_mean_reward_for_ever_worth_15(known):
+    replay, agent = (checkpoint(known[0])[key] for key in ("replay", "agent"))
+    steps = steps_after_each_vector_step(replay)
+    rows = ENVS * (1 + next(i for i, step in enumerate(steps) if step >= PRIOR))
+    mean = replay["reward"][:rows].abs().mean().item()
+    assert agent["reward_scale"].item() * mean / (1 - 0.99) == pytest.approx(15)
+
+
+KEYS = """global_step wall_seconds charts/episodic_return charts/episodic_length charts/SPS
+    losses/q_a losses/q_w losses/perturbation losses/q_a_value losses/q_w_value losses/q_w_corr
+    trust_region/alpha trust_region/sq_norm trust_region/violation trust_region/kl
+    entropy/action entropy/action_frozen entropy/ties
+    eval/episodic_return eval/success eval/frozen_return eval/frozen_success"""
+
+
+def test_the_table_has_its_keys_at_its_steps(known):
+    rows = metrics(known[0])
+    assert {*rows[0], "wall_seconds", "charts/SPS"} == set(KEYS.split())
+    steps = steps_after_each_vector_step(checkpoint(known[0])["replay"])
+    due = [0]
+    for before, after in zip([0, *steps], steps):
+        if any(after // every > before // every for every in (LOG, EVALUATE)):
+            due.append(after)
+    assert [float(row["global_step"]) for row in rows] == due and due[-1] >= TOTAL
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
+    assert [row["charts/episodic_length"] for row in rows[1:]] != []
+    last = rows[-1]
+    kl, sq_norm = float(last["trust_region/kl"]), float(last["trust_region/sq_norm"])
+    assert kl == pytest.approx(0.5 * 8 * sq_norm, rel=1e-5) and sq_norm > 0  # a mean over d = 8
+
+
+def test_every_episode_of_an_evaluation_is_kept(known):
+    with np.load(known[0] / "eval.npz") as evals:
+        assert set(evals) == {"global_step", "return", "length", "success"}
+        # Start and evaluation: the first episode reaches the limit, the next one falls, and so on
+        assert evals["return"].shape == (4, EPISODES) and evals["global_step"][0] == 0
+        np.testing.assert_array_equal(evals["return"], -evals["length"])
+        np.testing.assert_array_equal(evals["success"], evals["length"] == 6)
+        means = dict(zip(evals["global_step"].tolist(), evals["return"].mean(1)))
+    for row in metrics(known[0]):
+        if row["eval/episodic_return"]:
+            assert float(row["eval/episodic_return"]) == means[int(float(row["global_step"]))]
+            assert float(row["eval/frozen_return"]) == means[0]
+
+
+def test_the_run_folder_holds_what_the_pages_say(known):
+    run = known[0]
+    names = {"args.json", "backbone.pt", "best.pt", "checkpoint.pt", "eval.npz", "metrics.csv"}
+    assert {path.name for path in run.iterdir()} == names
+    assert run.name.startswith("Known-v0__lpds_continuous__1__")
+    args = json.loads((run / "args.json").read_text())
+    assert (args["hidden_size"], args["delta"], args["noise_bound"]) == (16, 0.35, 2.5)
+    assert differences(torch.load(run / "backbone.pt"), decoder_file(2, 2, 4)) == []
+    state = checkpoint(run)
+    assert state.keys() == {"script", "rows", "evals", "agent", "optimizer", "replay"}
+    assert state["script"] == SCRIPT
+
+
+@pytest.mark.parametrize("env_id, values", lpds.DEFAULTS.items())
+def test_help_shows_what_holds_for_the_environment(env_id, values, tmp_path):
+    code, out, _ = call(tmp_path, SCRIPT, "--env-id", f"{env_id}-v4", "--help")
+    words = " ".join(out.replace("\u2502", " ").split())
+    assert code == 0
     for name, value in values.items():
-        flag = [f"--{name.replace('_', '-')}", str(plain[name])]  # even a flag that repeats the field's default
-        assert value == plain[name] or dataclasses.asdict(parse_args(command + flag)) == args | {name: plain[name]}
+        flag = name.replace("_", "-")
+        shown = re.search(rf"--{flag} [A-Z{{][^ ]* .*?\(default: (.*?)\)", words)[1]
+        assert shown == str(value), name
 
 
-@pytest.mark.parametrize("env_id, delta", [*zip(ENVS, (0.5, 0.5, 0.35, 0.35, 0.35, 0.35))])
-def test_delta_is_that_of_table_2(env_id, delta):
-    assert {parse_args(["--env-id", env_id, "--preset", preset]).delta for preset in PRESETS} == {delta}
+def test_a_flag_wins_over_the_defaults_of_its_environment(monkeypatch):
+    for flags, delta, width in (([], 0.5, 128), (["--delta", "0.35"], 0.35, 128)):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, "--env-id", "Hopper-v5", *flags])
+        args = lpds.parse_args()
+        assert (args.delta, args.hidden_size) == (delta, width)
 
 
-def test_help_renders_and_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for name in HINTS:
-        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b", text), name
+def test_seeds_differ_and_share_the_frozen_evaluation(tiny_backbone, tmp_path):
+    small = [*FLAGS, "--env-id", "Hopper-v4", "--backbone", tiny_backbone()]
+    runs = [finish(tmp_path / str(seed), SCRIPT, *small, "--seed", seed) for seed in (1, 2)]
+    a, b = (metrics(run) for run in runs)
+    assert a[0] == b[0]
+    assert a[-1]["losses/q_a"] != b[-1]["losses/q_a"]
+    x, y = (checkpoint(run)["replay"]["obs"] for run in runs)
+    assert not set(map(tuple, x.tolist())) & set(map(tuple, y.tolist()))
 
 
-DOCUMENTED = [(path.name, path.read_text()) for path in (SCRIPT, DOCS, ROOT / "README.md") if path.exists()]
-COMMAND = re.compile(r"python lpds_continuous\.py((?:\\\n|[^\n`|#])*)")
-COMMANDS = sorted({(name, c.strip()) for name, text in DOCUMENTED for c in COMMAND.findall(text.replace("\\\n", " "))})
+def test_two_runs_started_at_once_get_two_folders(tiny_backbone, tmp_path):
+    small = [*FLAGS, "--env-id", "Hopper-v4", "--backbone", tiny_backbone()]
+    for process in [Process(tmp_path, SCRIPT, *small) for _ in range(2)]:
+        assert process.wait()[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-@pytest.mark.parametrize("where, command", [c for c in COMMANDS if "--resume" not in c[1]])
-def test_documented_commands_parse(where, command):
-    parse_args(shlex.split(command))
+@pytest.mark.slow
+def test_two_files_run_alone_and_are_tracked_offline(tiny_backbone, tmp_path):
+    """Copied into an empty folder, as for a fork; with wandb, in a process that nobody prepared."""
+    for name in (SCRIPT, "entropy.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    small = [*FLAGS, "--env-id", "Hopper-v4", "--backbone", str(tiny_backbone()), "--track"]
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, SCRIPT, *small]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("\n") == 5  # what it steers, and four evaluations
+    assert len(list(only_run(tmp_path).glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-@pytest.mark.parametrize("path", [SCRIPT, DOCS, ROOT / "README.md"], ids=lambda path: path.name)
-def test_every_page_shows_a_command(path):
-    if not path.exists():
-        pytest.skip(f"{path.name} is not written yet")
-    assert any(where == path.name for where, _ in COMMANDS)
+# --- does it learn? ---
 
 
-ABLATIONS = re.findall(r"^\|[^|]*\| (`--[^|]*) \|$", DOCS.read_text(), re.MULTILINE)
+class Sign(gym.Env):
+    """One step: reward s a for the first of two actions; s = -1 or 1 is all there is to see."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.sign = self.np_random.choice([-1.0, 1.0])
+        return np.array([self.sign]), {}
+
+    def step(self, action):
+        return np.array([self.sign]), self.sign * action[0], True, False, {}
 
 
-@pytest.mark.parametrize("flags", [f for row in ABLATIONS for f in re.findall("`(.*?)`", row)])
-def test_documented_ablations_parse(flags):
-    parse_args(flags.split())
+def register_sign():
+    gym.register("Sign-v0", Sign)
 
 
-def words(text):
-    return " ".join(text.split())
+def two_modes():
+    """A decoder written by hand: a = clip(5 w), so -1 or 1 but for a narrow band between them."""
+    file = decoder_file(1, 2, chunk=1, kind="flow", width=2)
+    file["time_emb"] = torch.zeros(1, 8)
+    file["model"] = {name: torch.zeros_like(value) for name, value in file["model"].items()}
+    file["model"]["first.weight"][:, :2] = torch.eye(2)
+    file["model"]["head.weight"] = 4 * torch.eye(2)
+    file["normalization"]["obs_min"], file["normalization"]["obs_max"] = (
+        -torch.ones(1),
+        torch.ones(1),
+    )
+    return file
 
 
-def test_departures_are_marked_in_the_script_and_listed_in_its_page():
-    """Both ways: a tag `differs from X: first words` of the page opens exactly one comment of the script."""
-    blocks = re.findall(r"(?:[^\n]*# .*\n)+", SCRIPT.read_text())
-    comments = [words(re.sub(r"^\s*#", "", block, flags=re.M)) for block in blocks]
-    marked = [words(m) for c in comments for m in re.findall(r"differs from .*?:.*?(?=differs from|$)", c)]
-    listed = [words(tag) for tag in re.findall(r"`(differs from [^`]*?:[^`]*)`", DOCS.read_text())]
-    assert marked and all(len(tag.split(":")[1].split()) >= 2 for tag in listed)
-    for tag in listed:
-        assert sum(comment.startswith(tag) for comment in marked) == 1, f"the script has no comment `{tag} ...`"
-    for comment in marked:
-        assert any(comment.startswith(tag) for tag in listed), f"the page does not list `{comment[:60]} ...`"
-
-
-# --- dependencies ---
-
-
-def header(path):
-    """Requirements of PEP 723, or None."""
-    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())
-    source = block and re.sub(r"^# ?", "", block[1], flags=re.M)
-    return block and ast.literal_eval(re.search(r"dependencies = (\[.*\])", source, re.S)[1])
-
-
-def listed(path):
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    return {line for line in lines if line and not line.startswith("-")}
-
-
-HEADERS = {
-    path.name: header(path) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]) if header(path)
-}
-
-
-def test_the_header_of_the_model_script_is_the_core_set():
-    assert set(HEADERS["lpds_continuous.py"]) == listed(ROOT / "requirements.txt")
-
-
-@pytest.mark.parametrize("script", HEADERS)
-def test_headers_agree_with_requirements(script):
-    """A script may need less than the core set, or one of the extra sets; never other bounds."""
-    files = [ROOT / "requirements.txt", *ROOT.glob("requirements/*.txt")]
-    assert set(HEADERS[script]) <= set.union(*map(listed, files))
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [0.3])
+def test_it_learns_what_the_budget_allows(delta, tmp_path):
+    """The best shift is s sqrt(delta) along the first coordinate, and all of its value is known."""
+    torch.save(two_modes(), tmp_path / "two.pt")
+    flags = """--env-id Sign-v0 --backbone two.pt --delta-norm sum --hidden-size 32 --lr 1e-3
+        --batch-size 64 --num-envs 8 --utd 10 --distill-steps 10 --prior-steps 300
+        --warmup-steps 500 --total-timesteps 3200 --eval-every 1600 --eval-episodes 1000
+        --log-every 200"""
+    run = finish(tmp_path, SCRIPT, *flags.split(), "--delta", delta, before=register_sign)
+    noise = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    best = (5 * (noise + math.sqrt(delta))).clamp(-1, 1).mean().item()
+    with np.load(run / "eval.npz") as evals:
+        returns = evals["return"].mean(1)
+    spent = [float(row["trust_region/sq_norm"]) for row in metrics(run)[-6:]]
+    print(f"returns {returns}, at best {best:.3f}; E||Delta||^2 {spent}")
+    assert abs(returns[0]) < 0.1 and returns[-1] > 0.8 * best
+    assert np.mean(spent) == pytest.approx(delta, rel=0.25)
