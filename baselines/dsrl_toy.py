@@ -34,12 +34,10 @@ import torch.nn as nn
 import tyro
 
 # What differs from Args in a world; all as in lpds_toy.py
-AVOIDING = dict(total_timesteps=50_000, eval_every=5_000, eval_episodes=200, hidden_size=128)
-AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, utd=5)
-DEFAULTS = {
-    "MultiGoal": dict(backbone="multigoal-flow.pt"),
-    "Avoiding": dict(backbone="avoiding-scripted-diffusion.pt", **AVOIDING),
-}
+AVOIDING = dict(backbone="avoiding-scripted-diffusion.pt", total_timesteps=50_000, utd=5)
+AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, hidden_size=128)
+AVOIDING |= dict(eval_every=5_000, eval_episodes=200)
+DEFAULTS = {"MultiGoal": dict(backbone="multigoal-flow.pt"), "Avoiding": AVOIDING}
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Args:
     """decoder file, or the name of one in backbones/"""
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
-    total_timesteps: int = 20_000
+    total_timesteps: int = 10_000
     """length of the run, in primitive environment steps like every number of steps below"""
     device: str = "cpu"
     """cpu, which is fastest here, or cuda"""
@@ -80,13 +78,13 @@ class Args:
     """environments stepped together"""
     utd: int = 2
     """updates of each network per vector step, that is for num_envs action chunks"""
-    prior_steps: int = 2_000
+    prior_steps: int = 1_000
     """steps of the unsteered policy before any training"""
-    warmup_steps: int = 3_000
+    warmup_steps: int = 1_000
     """further steps in which only the critics learn, so that no policy follows made-up values"""
     reward_scale: float | Literal["auto"] = "auto"
     """factor on rewards inside the critics; auto: see step (7) of the loop"""
-    eval_every: int = 2_000
+    eval_every: int = 1_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the worlds"""
     eval_episodes: int = 1_000
     """episodes of an evaluation, the same ones every time"""
@@ -152,7 +150,7 @@ class MultiGoal(gym.Env):
             self.mode = int(distance.argmin())  # the first goal counts
         self.time += 1
         self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)
-        info = {"success": self.mode >= 0, "mode": self.mode, "path": self.path}
+        info = {"success": self.mode >= 0, "mode": self.mode, "path": self.path.copy()}
         return self.path[self.time], 10.0 * inside - distance.min(), False, False, info
 
 
@@ -211,7 +209,8 @@ class Avoiding(gym.Env):
         self.path[self.time :] = reach * math.cos(turn), reach * math.sin(turn)
         touched = self.data.ncon > 0
         crossed = bool(self.path[self.time, 1] > 0.35) and not touched
-        info = {"success": crossed, "mode": self.route() if crossed else -1, "path": self.path}
+        mode = self.route() if crossed else -1
+        info = {"success": crossed, "mode": mode, "path": self.path.copy()}
         obs = np.concatenate([self.desired, self.path[self.time - 1]])
         return obs, float(crossed), crossed or touched, False, info
 

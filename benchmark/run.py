@@ -273,7 +273,7 @@ def work(run: Run) -> str:
             return "stopped"  # by somebody's Ctrl-C or kill
         kills += code < 0  # by a signal: kill -9, or a system that is out of memory
         again = plan(run)
-        idle = code == 0 and script == run.script and not is_trained(run)  # it would go on like that for ever
+        idle = code == 0 and again and again[1] == script  # it would go on like that for ever
         if code > 0 or kills > RETRIES or idle:
             return f"FAILED with exit code {code}"
     return "finished"

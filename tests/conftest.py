@@ -146,7 +146,7 @@ class Process:
     def running(self) -> bool:
         return self.process.is_alive()
 
-    def wait(self, timeout=300) -> tuple:
+    def wait(self, timeout=600) -> tuple:
         """(exit code, stdout, stderr); the code is -9 after SIGKILL."""
         self.process.join(timeout)
         assert not self.running, f"still running after {timeout} s"

@@ -32,8 +32,9 @@ def test_multigoal_by_hand():
     obs, _ = env.reset(seed=3)
     assert obs.tolist() == [0, 0]  # exactly the origin
     # The reward is that of the state in which the action is taken
-    steps = [((1, 1), (0.5, 0.5), -(2**0.5)), ((1, -1), (1, 0), -(0.5**0.5)), ((0, 1), (1, 0.5), -1)]
-    steps += [((0, 1), (1, 1), -0.5), ((0.2, 0), (1.1, 1), 10), ((1, 1), (1.6, 1.5), 9.9)]
+    steps = [((1, 1), (0.5, 0.5), -(2**0.5)), ((1, -1), (1, 0), -(0.5**0.5))]
+    steps += [((0, 1), (1, 0.5), -1), ((0, 1), (1, 1), -0.5)]
+    steps += [((0.2, 0), (1.1, 1), 10), ((1, 1), (1.6, 1.5), 9.9)]
     for action, position, expected in steps:
         obs, reward, terminated, truncated, info = env.step(np.array(action, np.float32))
         assert obs == pytest.approx(position) and reward == pytest.approx(expected)
@@ -94,9 +95,10 @@ def test_posts_are_touched_at_the_sum_of_the_radii_and_nowhere_else(avoiding):
 def test_the_start_and_the_lag_of_the_observation(avoiding):
     obs, _ = avoiding.reset()
     assert obs == pytest.approx([0.52492847, -0.27973673] * 2, abs=1e-9)
+    start, action = obs[:2], np.array([0.002, 0.01])
     for i in range(10):
-        obs, _, _, _, info = avoiding.step(np.array([0.002, 0.01]))
-        assert obs[:2] == pytest.approx([0.52492847 + 0.002 * (i + 1), -0.27973673 + 0.01 * (i + 1)])
+        obs, _, _, _, info = avoiding.step(action)
+        assert obs[:2] == pytest.approx(start + (i + 1) * action)
         assert obs[2:] == pytest.approx(info["path"][i])  # where it was when the action was issued
     assert (np.diff(info["path"][:11, 1]) >= 0).all() and info["path"][10, 1] > -0.25
 
@@ -192,7 +194,7 @@ def play(env_id: str, episodes: int) -> dict:
     name = toy.DEFAULTS[env_id]["backbone"]
     file = torch.load(ROOT / "backbones" / name, weights_only=True)
     envs = gym.vector.SyncVectorEnv(
-        [lambda: toy.make_env(env_id, file)] * episodes,
+        [lambda: toy.make_env(f"{env_id}-v0", file)] * episodes,
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
     result = toy.evaluate(toy.Decoder(file), envs, "cpu")
@@ -204,9 +206,8 @@ def test_the_frozen_policy_reaches_the_four_goals_about_equally():
     assert (np.bincount(result["mode"].astype(int)) > 190).sum() == 4
     assert result["success"].all() and 153 < result["return"].mean() < 160
     assert (result["length"] == 20).all() and result["path"].shape == (100, 21, 2)
-    end = result["path"][:, -1]
-    assert np.abs(np.abs(end) - 1).max() < 0.5  # where they went, they stayed
-    np.testing.assert_array_equal(toy.MultiGoal.GOALS[result["mode"][:100].astype(int)], end.round())
+    goals = toy.MultiGoal.GOALS[result["mode"][:100].astype(int)]
+    assert np.abs(result["path"][:, -1] - goals).max() < 0.5  # where they went, they stayed
 
 
 def test_half_of_the_frozen_policy_gets_through_on_many_routes():
@@ -220,8 +221,9 @@ def test_half_of_the_frozen_policy_gets_through_on_many_routes():
 # --- runs ---
 @pytest.mark.slow
 def test_a_larger_budget_returns_more_on_fewer_goals_and_both_are_kept(tmp_path):
-    """Half of a usual run, where alpha has come down and the shares are about their last."""
-    flags = ["--total-timesteps", 11_000, "--eval-every", 1_000, "--eval-episodes", 300]
+    """Half of a usual run: alpha starts where it would only come to."""
+    flags = ["--total-timesteps", 5_000, "--eval-every", 500, "--eval-episodes", 200]
+    flags += ["--alpha-init", 0.1]
     last = {}
     for delta in (0.1, 1.0):
         run = finish(tmp_path / str(delta), "lpds_toy.py", "--delta", delta, *flags)
@@ -231,7 +233,7 @@ def test_a_larger_budget_returns_more_on_fewer_goals_and_both_are_kept(tmp_path)
         last[delta] = rows[-1]
         assert (run / "paths.png").stat().st_size > 20_000
         with np.load(run / "eval.npz") as file:
-            assert file["mode"].shape == file["return"].shape == (12, 300)
+            assert file["mode"].shape == file["return"].shape == (11, 200)
             assert file["path"].shape == (2, 100, 21, 2)
             assert (file["mode"][0] != file["mode"][-1]).any()
     frozen = last[1.0]["eval/frozen_return"]
