@@ -6,8 +6,8 @@ from conftest import checkpoint, finish, metrics
 
 SCRIPT = "baselines/dsrl_adroit_flow.py"
 TINY = """--hidden-size 16 --batch-size 32 --utd 2 --distill-steps 2 --num-envs 2 --eval-episodes 1
-    --prior-steps 100 --warmup-steps 100 --eval-every 300 --log-every 100 --lr 0.01
-    --total-timesteps 600""".split()
+    --prior-steps 100 --warmup-steps 100 --eval-every 400 --log-every 100 --lr 0.01
+    --total-timesteps 400""".split()
 
 
 def test_it_starts_as_the_frozen_policy_and_then_moves(tiny_backbone, tmp_path):

@@ -123,8 +123,8 @@ def test_settings_are_those_of_tables_1_to_3_and_alike_for_both_methods():
 
 
 TINY = """--hidden-size 16 --batch-size 32 --utd 2 --distill-steps 2 --num-envs 2 --eval-episodes 1
-    --prior-steps 100 --warmup-steps 100 --eval-every 300 --log-every 100
-    --total-timesteps 600""".split()
+    --prior-steps 100 --warmup-steps 100 --eval-every 400 --log-every 100
+    --total-timesteps 400""".split()
 
 
 def test_an_ablation_runs_on_a_sparse_task_with_a_heun_decoder(tmp_path):

@@ -61,9 +61,8 @@ def test_the_volume_of_a_curved_flow_by_hand():
     known = ((1 + w / 2) * (1 + between / 2)).double().prod(1)
     log, sign = sources.log_volume(curved, torch.zeros(2, 1), w)
     assert np.allclose(log, known.abs().log(), atol=1e-5) and sign.tolist() == [1, -1]
-    agent = shifted(curved, torch.zeros(2))
-    agent.perturbation = lambda obs: torch.full((len(obs), 2), -9.0)
-    assert 0 < sources.take_apart(agent, torch.zeros(20, 1))["folded"] < 1
+    agent = shifted(flow(1, 2, lambda x, obs: x.square() / 2), torch.tensor([-9.0]))
+    assert 0.5 < sources.take_apart(agent, torch.zeros(50, 1))["folded"] < 0.6  # nearly all of w
 
 
 def test_a_shift_through_a_linear_flow_costs_nothing_but_what_its_bound_clips():
@@ -76,7 +75,7 @@ def test_a_shift_through_a_linear_flow_costs_nothing_but_what_its_bound_clips():
 
 
 def test_a_shift_through_a_curved_flow_costs_what_its_determinants_say():
-    agent = shifted(flow(1, 1, lambda x, obs: 0.1 * x.exp()), torch.tensor([1.0]))
+    agent = shifted(flow(1, 1, lambda x, obs: 0.1 * x.exp()), torch.tensor([2.0]))
     found = sources.take_apart(agent, torch.zeros(600, 1), draws=6, exact=1)
 
     def mean_log_slope(mean):  # E log(1 + 0.1 e^x), x ~ N(mean, 1)
@@ -85,8 +84,9 @@ def test_a_shift_through_a_curved_flow_costs_what_its_determinants_say():
 
         return scipy.integrate.quad(lambda x: density(x) * math.log1p(0.1 * math.exp(x)), -9, 9)[0]
 
-    known = mean_log_slope(1) - mean_log_slope(0)
-    assert abs(found["decoder"] - known) < 5 * found["decoder_se"] < 0.1
+    there, back = (mean_log_slope(shift) - mean_log_slope(0) for shift in (2, -2))
+    assert abs(found["decoder"] - there) < 5 * found["decoder_se"] < 0.2
+    assert abs(found["random"] - (there + back) / 2) < 5 * found["random_se"] < 0.2
 
 
 def test_what_is_clipped_away_is_lost_in_the_actions():
@@ -185,8 +185,9 @@ def test_shifts_are_as_long_as_the_budget_and_come_in_opposite_pairs(tmp_path, m
         assert there.square().mean() == pytest.approx(0.2, rel=1e-4)
     assert moved[6].abs().max() == 0  # the frozen policy
     assert result == {"delta": 0.2, "frozen": 7.5, "returns": [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]}
+    result |= {"returns": [100, 300]}
     row = shifts.markdown({"environments": {"Hopper-v4": result}}).splitlines()[2]
-    assert row == "| Hopper-v4 | 0.2 | 8 | 4 | 2 | 2 | 6 |"
+    assert row == "| Hopper-v4 | 0.2 | 8 | 200 | 141 | 100 | 300 |"
 
 
 def test_shifts_play_real_episodes(tmp_path):
