@@ -94,9 +94,6 @@ HOW = dict(capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 @pytest.mark.parametrize("name", SPECS)
 def test_commands_of_a_committed_spec_are_parsed_by_their_scripts(tmp_path, monkeypatch, name):
-    if "robomimic" in name:
-        pytest.importorskip("robosuite")
-        pytest.skip("its decoders are still to come")
     for run in bench.load_spec(name, tmp_path):
         _, script, *flags = bench.plan(run)
         monkeypatch.setattr(sys, "argv", [script, *flags])

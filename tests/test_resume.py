@@ -10,7 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 import pytest
 from conftest import ROOT, Process, assert_same_run, call, finish, metrics, only_run, refused
 
@@ -19,8 +18,6 @@ TINY = (
     "--warmup-steps 100 --eval-every 300 --total-timesteps 1200"
 ).split()
 OFTEN = "--log-every 100 --distill-steps 2".split()
-SHORT = """--distill-steps 2 --log-every 10 --num-envs 1 --eval-episodes 1 --prior-steps 20
-    --warmup-steps 10 --eval-every 30 --total-timesteps 120""".split()
 
 # script, environment, its tiny decoder, further flags
 RUNS = [
@@ -28,7 +25,6 @@ RUNS = [
     ("lpds_continuous.py", "Pendulum-v1", ("Pendulum", "flow"), OFTEN),
     ("lpds_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
-    ("lpds_robomimic.py", "ShortLift", ("Lift", "diffusion"), SHORT),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
     ("baselines/dsrl_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
@@ -41,15 +37,6 @@ def moments():
     seed = time.time_ns() % 10**6
     print(f"random.Random({seed})")
     return random.Random(seed)
-
-
-def prepare(env_id: str, then=None) -> None:
-    """In the process of a run: of robosuite's Lift, episodes that are short enough for a test."""
-    if env_id == "ShortLift":
-        task = dict(task="Lift")
-        gym.register(env_id, "lpds_robomimic:Task", max_episode_steps=15, kwargs=task)
-    if then:
-        then()
 
 
 def die_at_file(number: int, renamed: bool, name="") -> None:
@@ -93,32 +80,29 @@ def way_back(error: str) -> list:
 def test_killed_and_resumed_equals_undisturbed(
     script, env_id, decoder, more, tiny_backbone, tmp_path, moments
 ):
-    if "robomimic" in script:
-        pytest.importorskip("robosuite")
     flags = ["--env-id", env_id, "--backbone", tiny_backbone(*decoder), *TINY, *more]
-    ready = partial(prepare, env_id)
     started = time.time()
-    whole = finish(tmp_path / "whole", script, *flags, before=ready)
+    whole = finish(tmp_path / "whole", script, *flags)
     seconds, folder = time.time() - started, tmp_path / "parts"
 
     die = partial(die_at_file, moments.randint(2, 3), renamed=False, name="checkpoint.pt")
-    codes = [call(folder, script, *flags, before=partial(ready, die))[0]]
+    codes = [call(folder, script, *flags, before=die)[0]]
     again = ["--resume", only_run(folder).relative_to(folder)]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    for number in moments.sample(signals, 1) if "robomimic" in script else signals:
-        process = Process(folder, script, *again, before=ready)
+    for number in signals:
+        process = Process(folder, script, *again)
         code, _, error = disturb(process, number, moments.uniform(0, seconds / 4))
         codes.append(code)
         if number != signal.SIGKILL and code:
             again = way_back(error)
     die = partial(die_at_file, moments.randint(1, 12), renamed=moments.random() < 0.5)
-    codes.append(call(folder, script, *again, before=partial(ready, die))[0])
+    codes.append(call(folder, script, *again, before=die)[0])
     assert codes.count(0) < 3 and set(codes) <= {0, 1, -signal.SIGKILL}, codes
 
-    parts = finish(folder, script, *again, before=ready)
+    parts = finish(folder, script, *again)
     assert_same_run(whole, parts)
     refused(call(folder, script, *again, "--seed", 7), "--seed 7", "keeps its settings")
-    again = finish(folder, script, *again, before=ready)
+    again = finish(folder, script, *again)
     assert_same_run(whole, again)  # a run that is over stays as it is
 
 
@@ -137,7 +121,6 @@ def test_a_longer_budget_continues_as_if_it_had_been_there_from_the_start(tiny_b
 
 def test_every_script_is_killed_here():
     scripts = {*ROOT.glob("lpds_*.py"), *ROOT.glob("baselines/*.py")}
-    scripts.discard(ROOT / "baselines/dsrl_robomimic.py")  # slow; test_lpds_robomimic.py resumes it
     assert {ROOT / script for script, *_ in RUNS} == scripts
 
 

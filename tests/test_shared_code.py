@@ -14,13 +14,11 @@ MODEL = "lpds_continuous.py"
 # changed in the model is the first's, all the rest is the second's
 FORKS = {
     "lpds_adroit_flow.py": [MODEL],
-    "lpds_robomimic.py": [MODEL],
     "lpds_toy.py": [MODEL],
     "pretrain_backbone.py": [MODEL],
     "baselines/dsrl_continuous.py": [MODEL],
     "baselines/lpds_action_continuous.py": [MODEL],
     "baselines/dsrl_adroit_flow.py": ["baselines/dsrl_continuous.py", "lpds_adroit_flow.py"],
-    "baselines/dsrl_robomimic.py": ["baselines/dsrl_continuous.py", "lpds_robomimic.py"],
     "baselines/dsrl_toy.py": ["baselines/dsrl_continuous.py", "lpds_toy.py"],
 }
 
@@ -33,13 +31,6 @@ DIFFERS = {
         "Decoder": "an ODE",
         "Decoder.__init__": "with the solver of its file",
         "Decoder.forward": "by Euler's or Heun's method",
-        "evaluate": "success is what the task says",
-    },
-    "lpds_robomimic.py": {
-        "Args": FLAGS,
-        "Decoder": "with a network for observations",
-        "Decoder.__init__": "with a network for observations",
-        "Decoder.forward": "with a network for observations",
         "evaluate": "success is what the task says",
     },
     "lpds_toy.py": {
@@ -64,7 +55,6 @@ DIFFERS = {
         "probe": "no latent critic",
     },
     "baselines/dsrl_adroit_flow.py": {"Args": FLAGS},
-    "baselines/dsrl_robomimic.py": {"Args": FLAGS},
     "baselines/dsrl_toy.py": {"Args": FLAGS},
 }
 
