@@ -184,7 +184,7 @@ def make_env(env_id: str, file: dict, **kwargs):
 def all_steps(file: dict) -> dict:
     """A decoder's file with the constants of every training step, in place of DDIM's few."""
     steps = file["training"]["train_steps"]
-    require(steps == STEPS, f"--backbone: trained for {steps} denoising steps, not for {STEPS}")
+    require(steps == STEPS, f"--backbone: has {steps} --train-steps; pretrain one with {STEPS}")
 
     # DPPO's cosine schedule, from pure noise to data: x = a * clean action + b * noise
     grid = np.linspace(0, 1, steps + 1)
@@ -233,8 +233,8 @@ class Decoder(nn.Module):
             h = h + block(h)
         a, b, a_next, b_next = self.levels[k].unsqueeze(-1).unbind(-2)  # each (1,) or (B, 1)
         clean = ((x - b * self.head(h)) / a).clamp(-1, 1)  # DPPO clips the clean action, too
-        kept = a / a_next * (b_next / b).square()  # of the noise in x; the rest is drawn anew
-        std = b_next / b * (1 - (a / a_next).square()).sqrt()  # 0 in the last step
+        kept = a / a_next * (b_next / b).square()  # of the noise in x, as in DDIM with eta 1
+        std = b_next / b * (1 - (a / a_next).square()).sqrt()  # drawn anew; none in the last step
         return a_next * clean + kept * (x - a * clean), std
 
     def forward(self, obs, noise):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, decoder_file, finish, load, metrics
+from conftest import call, checkpoint, decoder_file, finish, load, metrics, refused
 from dppo_reference import network, relu, schedule
 
 import pretrain_backbone
@@ -95,7 +95,7 @@ def test_a_decoder_of_other_training_is_refused(capsys):
     file["training"]["train_steps"] = 100
     with pytest.raises(SystemExit):
         dppo.all_steps(file)
-    assert "100 denoising steps" in capsys.readouterr().err
+    assert "100 --train-steps" in capsys.readouterr().err
 
 
 def test_the_frozen_decoder_draws_only_from_its_noise_and_ends_in_the_box():
@@ -344,6 +344,18 @@ def test_on_a_bandit_with_two_modes_it_moves_to_the_better_one(better, decoder_o
 
 
 # --- a run ---
+
+
+@pytest.mark.parametrize("kind, flags, parts", [
+    ("flow", [], ["--backbone", "no diffusion"]),
+    ("diffusion", ["--tuned-steps", 21], ["--tuned-steps 21", "2 to 20"]),
+    ("diffusion", ["--tuned-steps", 1], ["--tuned-steps 1", "2 to 20"]),
+])  # fmt: skip
+def test_what_ppo_cannot_train_is_refused(kind, flags, parts, tiny_backbone, tmp_path):
+    flags = ["--env-id", "Hopper-v4", "--backbone", tiny_backbone("Hopper", kind), *flags]
+    refused(call(tmp_path, SCRIPT, *flags), *parts)
+    assert not (tmp_path / "runs").exists()
+
 
 KEYS = {"losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "trust_region/kl"}
 
