@@ -22,6 +22,7 @@ import math
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -124,25 +125,19 @@ def parse_args() -> Args:
 
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        free = not args.resume or name in ("resume", "total_timesteps")
+        longer = name == "total_timesteps" and value >= base.total_timesteps
+        free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
         zero = value == 0 and name in ("seed", "warmup_steps") or name == "target_entropy"
         good = type(value) not in (int, float) or value > 0 or zero
         require(good, f"{flag}: must be above 0")
-    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
-    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
-    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
-    need = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
-    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
+        require(name not in ("gamma", "tau") or value < 1, f"{flag}: must be below 1")
+    require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
     return args
 
 
 class ActionChunk(gym.Wrapper):
     """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
-
-    def __init__(self, env, chunk: int):
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
 
     def step(self, chunk):  # (d,)
         total = 0.0
@@ -169,14 +164,15 @@ def make_env(env_id: str, file: dict, **kwargs):
 
     # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
     env = gym.wrappers.ClipAction(env)
-    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
-    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, None)
 
     def normalize(obs):
         return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
 
     space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
-    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
+    env = ActionChunk(gym.wrappers.TransformObservation(env, normalize, space))
+    env.action_space = gym.spaces.Box(-1.0, 1.0, (file["chunk"] * len(low),))
+    return env
 
 
 class Decoder(nn.Module):
@@ -405,10 +401,15 @@ if __name__ == "__main__":
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
-    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")
     file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     known = file.get("format") == 2 and file["solver"] in ("ddim", "euler")
     require(known, f"--backbone {path}: no DDIM or Euler of format 2; convert_dppo.py may help")
+    every = args.num_envs * file["chunk"] * args.train_freq  # steps between train calls, at most
+    require(args.eval_every >= every, f"--eval-every {args.eval_every}: --num-envs needs {every}")
+    first_step = args.prior_steps + args.warmup_steps  # of steering
+    need = first_step + every
+    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
     decoder = Decoder(file).to(args.device)
     make = partial(make_env, args.env_id, file)
     mode = gym.vector.AutoresetMode.SAME_STEP
@@ -424,6 +425,7 @@ if __name__ == "__main__":
     rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
         state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        require(state["script"] == Path(__file__).name, f"--resume {run}: is of {state['script']}")
         agent.load_state_dict(state["agent"])
         agent.optimizer.load_state_dict(state["optimizer"])
         replay.add(*state["replay"].values())
@@ -436,11 +438,10 @@ if __name__ == "__main__":
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
     def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    first_step = args.prior_steps + args.warmup_steps
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
@@ -449,8 +450,7 @@ if __name__ == "__main__":
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
-        state["agent"] = agent.state_dict()
-        state["optimizer"] = agent.optimizer.state_dict()
+        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
