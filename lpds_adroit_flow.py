@@ -8,7 +8,7 @@ velocity, dx/dt = v(x, t; s), from x(0) = w to x(1) = a. Learned: a shift of tha
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
-A fork of lpds_continuous.py, to be read first; their diff is the decoder, the tasks, their success.
+A fork of lpds_continuous.py; read that first. New are the tasks, their success and the decoder.
 
     python lpds_adroit_flow.py --env-id AdroitHandPen-v1
     python lpds_adroit_flow.py --resume runs/RUN_FOLDER
@@ -41,12 +41,12 @@ except ImportError:
     sys.exit("error: gymnasium-robotics is missing: pip install -r requirements/adroit.txt")
 gym.register_envs(gymnasium_robotics)
 
-# What differs from Args: the decoder, delta (table 2), and for all hands (tables 1 and 3)
-HANDS = dict(noise_bound=2.5, num_envs=16, train_freq=1, utd=10, total_timesteps=160_000)
-HANDS |= dict(prior_steps=16_000, warmup_steps=16_000, eval_every=16_000, eval_episodes=50)
+# What differs from Args in all tasks (of the paper: noise_bound, table 3; utd, table 1) and in each
+ADROIT = dict(noise_bound=2.5, num_envs=16, train_freq=1, utd=10, total_timesteps=160_000)
+ADROIT |= dict(prior_steps=16_000, warmup_steps=16_000, eval_every=16_000, eval_episodes=50)
 DEFAULTS = {}
-for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():
-    values = HANDS | dict(backbone=f"adroit-{task.lower()}-flow.pt", delta=delta)
+for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():  # table 2
+    values = ADROIT | dict(backbone=f"adroit-{task.lower()}-flow.pt", delta=delta)
     DEFAULTS |= {f"AdroitHand{task}": values, f"AdroitHand{task}Sparse": values}
 
 
@@ -83,7 +83,7 @@ class Args:
     alpha_lr: float = 1e-2
     """step of the dual update"""
     noise_bound: float = float("inf")
-    """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
+    """clips each coordinate of w to +-bound, in the tasks above at 2.5; inf leaves it to delta"""
     hidden_size: int = 256
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -201,8 +201,8 @@ class Decoder(nn.Module):
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.solver = file["solver"]
-        self.steps = len(file["time_emb"]) - (self.solver == "heun")  # it needs both ends of each
+        self.solver, times = file["solver"], len(file["time_emb"])
+        self.steps = times - 1 if self.solver == "heun" else times  # Heun's have both ends of each
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -400,7 +400,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warnings about other versions
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-# What differs from Args in a world; as a sum over Avoiding's d = 8, 0.3 would change little
+# What differs from Args in a world; the mean, as the paper's deltas, summed over d = 8, do little
 AVOIDING = dict(backbone="avoiding-scripted-diffusion.pt", total_timesteps=50_000, utd=5)
 AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, hidden_size=128, delta_norm="mean")
 AVOIDING |= dict(eval_every=5_000, eval_episodes=200)
@@ -71,7 +71,7 @@ class Args:
     """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
     """step of the dual update"""
-    noise_bound: float = math.inf
+    noise_bound: float = float("inf")
     """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
     hidden_size: int = 64
     """width of the three hidden layers of policy and critics"""
@@ -180,7 +180,7 @@ class Avoiding(gym.Env):
         post = '<geom type="cylinder" pos="{} {} 0" size="{} 0.1"/>'
         posts = "".join(post.format(*circle) for circle in self.CIRCLES)
         motors = ""
-        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), g a slow target
+        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), tau g' = ctrl - g
             slow = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
             motors += f'<general joint="{joint}" gainprm="{kp - kd * f / tau}" {slow}/>'
             motors += f'<general joint="{joint}" gainprm="{kd * f / tau}"/>'
@@ -478,8 +478,8 @@ def draw(file: Path, world, panels: dict) -> None:
         for path, mode in zip(paths, modes):
             color = f"C{mode:.0f}" if mode >= 0 else "0.7"
             axis.plot(*np.transpose(path), color=color, linewidth=0.5)
-        for circle in world.CIRCLES:
-            axis.add_patch(patches.Circle(circle[:2], circle[2], fill=False, zorder=3))
+        for x, y, radius in world.CIRCLES:
+            axis.add_patch(patches.Circle((x, y), radius, fill=False, zorder=3))
     save(file, partial(picture.savefig, format="png"))
 
 
@@ -487,7 +487,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -543,16 +543,17 @@ if __name__ == "__main__":
 
         # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
-        paths = paths[:1] + [result.pop("path")]  # the frozen policy's, and the latest
+        paths = [*paths[:1], result.pop("path")]  # only the frozen policy's and the latest are kept
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
         save(run / "eval.npz", partial(np.savez, **arrays, path=np.array(paths, np.float32)))
         returns, success = arrays["return"].mean(1).tolist(), arrays["success"].mean(1).tolist()
         rows[-1] |= {"eval/episodic_return": returns[-1], "eval/success": success[-1]}
         rows[-1] |= {"eval/frozen_return": returns[0], "eval/frozen_success": success[0]}
-        modes = np.bincount(arrays["mode"][-1].astype(int) + 1)[1:]  # episodes to each
-        largest = float(modes.max(initial=0) / max(modes.sum(), 1))
-        rows[-1] |= {"eval/modes": int((modes > 0).sum()), "eval/mode_max": largest}
+        modes = [mode for mode in result["mode"] if mode >= 0]  # of the episodes that got there
+        counts = np.unique(modes, return_counts=True)[1]
+        largest = float(counts.max(initial=0) / max(len(modes), 1))
+        rows[-1] |= {"eval/modes": len(counts), "eval/mode_max": largest}
         log(run, rows)
         if returns[-1] == max(returns):
             save(run / "best.pt", partial(torch.save, state))
@@ -612,7 +613,6 @@ if __name__ == "__main__":
                 row |= info | probe(agent, replay)
                 rows.append({key: float(value) for key, value in row.items()})
                 log(run, rows)
-                ended, info = [], {}
 
     panels = {"frozen": (paths[0], evals[0]["mode"]), "steered": (paths[1], evals[-1]["mode"])}
     draw(run / "paths.png", eval_envs.envs[0].unwrapped, panels)

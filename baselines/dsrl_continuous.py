@@ -15,6 +15,7 @@ bonus; nothing ties it to the prior N(0, I) that the decoder was trained on:
 
 At temperature 0 enjoy.py plays the mean action. Source: Wagenmaker et al. 2025, arXiv 2506.15799.
 Results and departures: docs/baselines.md. It takes entropy.py and backbones/ from one folder up.
+Algorithm 1, in the comments, is that of LP-DS.
 """
 
 import json
@@ -128,8 +129,8 @@ def parse_args() -> Args:
         longer = name == "total_timesteps" and value >= base.total_timesteps
         free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
-        zero = value == 0 and name in ("seed", "warmup_steps") or name == "target_entropy"
-        good = type(value) not in (int, float) or value > 0 or zero
+        zero = value == 0 and name in ("seed", "warmup_steps")
+        good = type(value) not in (int, float) or value > 0 or zero or name == "target_entropy"
         require(good, f"{flag}: must be above 0")
         require(name not in ("gamma", "tau") or value < 1, f"{flag}: must be below 1")
     require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
@@ -235,7 +236,7 @@ class Agent(nn.Module):
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
         self.actor = mlp(obs_dim, 2 * d, width)  # mu and log sigma
-        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # log alpha
+        self.log_alpha = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # for descend
         self.register_buffer("started", torch.tensor(False))  # before its first update, w = eps
         self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
@@ -247,7 +248,7 @@ class Agent(nn.Module):
 
     @property
     def alpha(self):  # in units of the critics: the trade-off starts where it does on raw rewards
-        return self.reward_scale * self.temperature[0].detach().exp()
+        return self.reward_scale * self.log_alpha[0].detach().exp()
 
     def squash(self, obs, noise):
         """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d), its log density in [-1, 1]^d (B,)."""
@@ -275,13 +276,13 @@ class Agent(nn.Module):
     def update_action_critic(self, batch: dict) -> dict:
         """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # SAC's target without the entropy bonus, for the steered policy's next chunk
+            # SAC's target, for the steered policy's next chunk; no bonus before the policy starts
             noise = torch.randn_like(batch["action"])
             w, log_prob = self.squash(batch["next_obs"], noise)
             next_action = self.decoder(batch["next_obs"], torch.where(self.started, w, noise))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
-            bonus = self.alpha * self.started * log_prob
-            next_value = next_value - bonus  # its entropy is worth something, too
+            bonus = -self.alpha * self.started * log_prob  # its entropy is worth something, too
+            next_value = next_value + bonus
             discount = self.args.gamma * (1 - batch["terminated"])
             target = self.reward_scale * batch["reward"] + discount * next_value
         q = self.q_a(batch["obs"], batch["action"])  # (2, B)
@@ -311,16 +312,12 @@ class Agent(nn.Module):
         loss = (self.alpha * log_prob - self.q_w(obs, w).min(0).values).mean()
         self.descend(self.actor, loss)
 
-        surplus = -log_prob.detach().mean() - self.args.target_entropy  # in nats; alpha falls
-        self.descend(self.temperature, self.temperature[0] * surplus)
+        surplus = -log_prob.detach().mean() - self.args.target_entropy  # nats; alpha falls by it
+        self.descend(self.log_alpha, self.log_alpha[0] * surplus)
         prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
         kl = log_prob - w.shape[1] * math.log(self.args.noise_bound) - prior  # to N(0, I), in nats
-        info = {
-            "losses/actor": loss,
-            "losses/log_prob": log_prob.mean(),
-            "losses/alpha": self.alpha,
-        }
-        info["trust_region/kl"] = kl.mean()
+        info = {"losses/actor": loss, "losses/log_prob": log_prob.mean()}
+        info |= {"losses/alpha": self.alpha, "trust_region/kl": kl.mean()}
         return {key: value.detach() for key, value in info.items()}
 
 
@@ -395,7 +392,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)

@@ -365,7 +365,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -465,7 +465,7 @@ if __name__ == "__main__":
             obs = next_obs
 
             # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
-            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            #     differs from DSRL: on raw rewards Q is in the hundreds
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
