@@ -25,6 +25,7 @@ import math
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,7 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
 from entropy import knn_entropy  # noqa: E402
 
-# What differs from Args in an environment
-DEFAULTS = {
+DEFAULTS = {  # what differs from Args
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt"),
     "Walker2d": dict(backbone="walker2d-v4-medium-diffusion.pt"),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-diffusion.pt"),
@@ -56,7 +56,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -84,12 +84,13 @@ class Args:
     critic_lr: float = 1e-3
     """Adam's learning rate of the critic"""
     gamma: float = 0.99
-    """discount per action chunk, not per primitive step; below 1"""
+    """discount per action chunk, none inside it; below 1"""
     gae_lambda: float = 0.95
     """near 0: advantages rest on the critic; 1: on the rewards of the whole episode"""
     epochs: int = 5
     """how often an iteration of PPO goes through its roll-out"""
-    # differs from DPPO: small iterations; its are 80,000 steps of 40, in batches of 50,000
+    # differs from DPPO: small iterations. Its have 80,000 steps, of 40 environments, in batches of
+    # 50,000 pairs, and its budget is 72 million steps
     num_envs: int = 10
     """environments stepped together"""
     rollout_steps: int = 2_500
@@ -112,7 +113,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -125,28 +126,21 @@ def parse_args() -> Args:
 
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        free = not args.resume or name in ("resume", "total_timesteps")
+        longer = name == "total_timesteps" and value >= base.total_timesteps
+        free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
-        zero = value == 0 and name == "seed"
+        zero = value == 0 and name in ("seed", "alpha_lr", "warmup_steps")
         good = type(value) not in (int, float) or value > 0 or zero
         require(good, f"{flag}: must be above 0")
-    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
-    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
-    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
-    need = base.total_timesteps if args.resume else 1
-    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
-    require(2 <= args.tuned_steps <= STEPS, f"--tuned-steps {args.tuned_steps}: give 2 to {STEPS}")
+        require(name not in ("gamma", "tau") or value < 1, f"{flag}: must be below 1")
+    require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
     return args
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
-    def __init__(self, env, chunk: int):
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
-
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -162,7 +156,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -171,14 +165,15 @@ def make_env(env_id: str, file: dict, **kwargs):
 
     # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
     env = gym.wrappers.ClipAction(env)
-    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
-    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, None)
 
     def normalize(obs):
         return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
 
     space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
-    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
+    env = ActionChunk(gym.wrappers.TransformObservation(env, normalize, space))
+    env.action_space = gym.spaces.Box(-1.0, 1.0, (file["chunk"] * len(low),))
+    return env
 
 
 def all_steps(file: dict) -> dict:
@@ -223,16 +218,16 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.d)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
         self.register_buffer("levels", torch.tensor(file["levels"]))  # (K, 4)
 
     def step(self, obs, x, k):
-        """Mean (B, d) and width of the Gaussian of the next x; k, an int or (B,), counts from 0."""
+        """Mean (B, d) and width of the next x's Gaussian; k, int or (B,), is 0 for pure noise."""
         h = self.first(torch.cat([x, self.time_emb[k].expand(len(x), -1), obs], -1))
         for block in self.blocks:
             h = h + block(h)
         a, b, a_next, b_next = self.levels[k].unsqueeze(-1).unbind(-2)  # each (1,) or (B, 1)
-        clean = ((x - b * self.head(h)) / a).clamp(-1, 1)  # DPPO clips the clean action, too
+        clean = ((x - b * self.head(h)) / a).clamp(-1, 1)  # clipped as in DPPO
         kept = a / a_next * (b_next / b).square()  # of the noise in x, as in DDIM with eta 1
         std = b_next / b * (1 - (a / a_next).square()).sqrt()  # drawn anew; none in the last step
         return a_next * clean + kept * (x - a * clean), std
@@ -287,9 +282,8 @@ class Agent(nn.Module):
         gaussian = torch.distributions.Normal(mean, std.clamp(min=self.args.noise_floor))
         return gaussian.log_prob(batch["x_next"]).mean(1)  # of d: so clip suits chunks of any size
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
@@ -318,9 +312,11 @@ class Agent(nn.Module):
         n = self.args.tuned_steps
         chain, obs, *rest = (torch.stack(column) for column in zip(*rollout))  # (T, N, ...)
         advantage, target = self.estimate(obs, *rest)
+
+        # A row for each pair. Both estimates are the chunk's, the same for its K' steps
         columns = {"obs": obs, "advantage": advantage, "target": target}
         pairs = {key: x.flatten(0, 1).repeat_interleave(n, 0) for key, x in columns.items()}
-        chain = chain.flatten(0, 1)  # (T N, K' + 1, d)
+        chain = chain.flatten(0, 1)  # (T * N, K' + 1, d)
         pairs["x"], pairs["x_next"] = chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1)
         pairs["k"] = torch.arange(STEPS - n, STEPS, device=chain.device).repeat(len(chain))
         with torch.no_grad():
@@ -384,7 +380,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What the policy does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     chain, frozen = agent.denoise(obs, noise, floor=0.0), agent.decoder(obs, noise)
@@ -407,7 +403,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         shape = envs.num_envs, (1 + STEPS) * envs.single_action_space.shape[0]
@@ -432,7 +428,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -440,15 +436,17 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
-    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")
     file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     known = file.get("format") == 2 and file["kind"] == "diffusion"
     require(known, f"--backbone {path}: no diffusion of format 2; convert_dppo.py may help")
+    tuned = f"--tuned-steps {args.tuned_steps}"
+    require(2 <= args.tuned_steps <= STEPS, f"{tuned}: give 2 to {STEPS}")
     file = all_steps(file)
     decoder = Decoder(file).to(args.device)
     to_device = partial(torch.as_tensor, device=args.device, dtype=torch.float32)
@@ -466,6 +464,7 @@ if __name__ == "__main__":
     rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
         state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        require(state["script"] == Path(__file__).name, f"--resume {run}: is of {state['script']}")
         agent.load_state_dict(state["agent"])
         agent.optimizer.load_state_dict(state["optimizer"])
         replay.add(*state["replay"].values())
@@ -478,20 +477,19 @@ if __name__ == "__main__":
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
     def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     print(f"{run}: tunes {path.name}, {args.tuned_steps} of {STEPS} steps", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then play and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
-        state["agent"] = agent.state_dict()
-        state["optimizer"] = agent.optimizer.state_dict()
+        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
@@ -511,7 +509,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -531,7 +529,7 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store: all that PPO needs, and in the replay the states of the run, to probe them
             replay.add(obs, action, reward, real_next_obs, terminated)

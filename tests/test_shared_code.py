@@ -57,7 +57,6 @@ DIFFERS = {
     },
     "baselines/dppo_continuous.py": {
         "Args": FLAGS,
-        "parse_args": "no prior steps",
         "Decoder": "DDPM",
         "Decoder.__init__": "noise for each step",
         "Decoder.forward": "DDPM",
