@@ -277,10 +277,10 @@ class Agent(nn.Module):
         return self.denoise(obs, noise, floor=0.0)[:, -1]
 
     def log_prob(self, batch: dict):
-        """Log density (B,) of x_next, drawn in step k from x, per coordinate."""
+        """Log density (B,) of x_next, drawn in step k from x: the mean of its d coordinates."""
         mean, std = self.actor.step(batch["obs"], batch["x"], batch["k"])
         gaussian = torch.distributions.Normal(mean, std.clamp(min=self.args.noise_floor))
-        return gaussian.log_prob(batch["x_next"]).mean(1)  # of d: so clip suits chunks of any size
+        return gaussian.log_prob(batch["x_next"]).mean(1)  # no sum, so that clip fits any d
 
     def descend(self, network, loss) -> None:  # a step of this network alone
         self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
