@@ -27,6 +27,8 @@ RUNS = [
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
+    ("baselines/dql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
+    ("baselines/idql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
     ("baselines/dsrl_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("baselines/dsrl_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
 ]
