@@ -18,10 +18,10 @@ Results, metrics and departures: docs/lpds_adroit_flow.md. To fork, copy this fi
 """
 
 import json
-import math
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -71,9 +71,9 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2 under delta_norm: small keeps variety, large specialises; 0.1 to 1"""
+    """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean"""
+    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -82,7 +82,7 @@ class Args:
     """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
     """step of the dual update"""
-    noise_bound: float = math.inf
+    noise_bound: float = float("inf")
     """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
     hidden_size: int = 256
     """width of the three hidden layers of policy and critics"""
@@ -91,23 +91,23 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
+    """chunks that each environment executes between train calls"""
     utd: int = 20
-    """updates of Q^A, Delta and alpha per train call"""
+    """updates of Q^A, Delta and alpha per train call, so per train_freq * num_envs chunks"""
     distill_steps: int = 10
     """updates of Q^W per train call"""
     prior_steps: int = 8_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that Delta follows no made-up values"""
+    """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -124,7 +124,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -137,31 +137,25 @@ def parse_args() -> Args:
 
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        free = not args.resume or name in ("resume", "total_timesteps")
+        longer = name == "total_timesteps" and value >= base.total_timesteps
+        free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
         zero = value == 0 and name in ("seed", "alpha_lr", "warmup_steps")
         good = type(value) not in (int, float) or value > 0 or zero
         require(good, f"{flag}: must be above 0")
-    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
-    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
-    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
-    need = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
-    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
+        require(name not in ("gamma", "tau") or value < 1, f"{flag}: must be below 1")
+    require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
     return args
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
-
-    def __init__(self, env, chunk: int):
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
     def reset(self, **kwargs):
         self.success = False
         return self.env.reset(**kwargs)
 
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -178,7 +172,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -187,14 +181,15 @@ def make_env(env_id: str, file: dict, **kwargs):
 
     # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
     env = gym.wrappers.ClipAction(env)
-    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
-    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, None)
 
     def normalize(obs):
         return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
 
     space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
-    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
+    env = ActionChunk(gym.wrappers.TransformObservation(env, normalize, space))
+    env.action_space = gym.spaces.Box(-1.0, 1.0, (file["chunk"] * len(low),))
+    return env
 
 
 class Decoder(nn.Module):
@@ -218,7 +213,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
         h = self.first(torch.cat([x, self.time_emb[i].expand(len(x), -1), obs], -1))
@@ -266,7 +261,7 @@ class Agent(nn.Module):
         self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
         self.register_buffer("reward_scale", torch.tensor(scale))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)  # see descend
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return (noise + self.perturbation(obs)).clamp(-self.args.noise_bound, self.args.noise_bound)
@@ -275,16 +270,15 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering
+            # SAC's target without the entropy bonus, for the steered policy's next chunk
             next_action = self.act(batch["next_obs"], torch.randn_like(batch["action"]))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
             discount = self.args.gamma * (1 - batch["terminated"])
@@ -297,42 +291,42 @@ class Agent(nn.Module):
                 slow.lerp_(fast, self.args.tau)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
+        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        noise = torch.randn_like(batch["action"])
+        with torch.no_grad():  # neither network changes here: one pass serves all slices
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
     def update_perturbation(self, batch: dict) -> dict:
-        """Primal step on theta, dual step on alpha (lines 16-19; equations 8 and 10)."""
-        # Primal: the shift that Q^W likes best at the present price. Needs no pass of the decoder
+        """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
+        # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         args = self.args
         noise = torch.randn_like(batch["action"])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # steer, with its shift kept
+        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # as steer() does
         value = self.q_w(batch["obs"], w).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()
+        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
         sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
         loss = self.alpha * (sq_norm - args.delta) - value.mean()
         self.descend(self.perturbation, loss)
 
-        # Dual: the price rises while the budget is overdrawn. differs from the paper: equation 10
-        # adds a step to alpha, whose right size depends on the rewards; this multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1
+        # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
+        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
+        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
         if args.lagrangian and args.dual == "log":
             self.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         elif args.lagrangian:
             self.alpha.add_(args.alpha_lr * args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()
-        info["trust_region/kl"] = 0.5 * sum_norm  # to the prior, in nats; exact without a bound
+        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I)), ignoring noise_bound
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
-
-    def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
-        n = self.args.batch_size
-        noise = torch.randn_like(batch["action"])
-        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
-        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
-            self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 class Replay:  # every transition (chunk) of the run, on the learner's device
@@ -355,7 +349,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What steering does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
@@ -363,7 +357,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noise of a state as Q^A ranks its actions? Only such differences can steer
+    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -374,7 +368,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -398,7 +392,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -411,10 +405,15 @@ if __name__ == "__main__":
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parent / "backbones" / args.backbone
-    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")
     file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     known = file.get("format") == 2 and file["solver"] in ("euler", "heun")
     require(known, f"--backbone {path}: no flow of format 2; pretrain_backbone.py makes them")
+    every = args.num_envs * file["chunk"] * args.train_freq  # steps between train calls, at most
+    require(args.eval_every >= every, f"--eval-every {args.eval_every}: --num-envs needs {every}")
+    first_step = args.prior_steps + args.warmup_steps  # of steering
+    need = first_step + every
+    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
     decoder = Decoder(file).to(args.device)
     make = partial(make_env, args.env_id, file)
     mode = gym.vector.AutoresetMode.SAME_STEP
@@ -430,6 +429,7 @@ if __name__ == "__main__":
     rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
         state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        require(state["script"] == Path(__file__).name, f"--resume {run}: is of {state['script']}")
         agent.load_state_dict(state["agent"])
         agent.optimizer.load_state_dict(state["optimizer"])
         replay.add(*state["replay"].values())
@@ -442,21 +442,19 @@ if __name__ == "__main__":
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
     def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    first_step = args.prior_steps + args.warmup_steps
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
-        state["agent"] = agent.state_dict()
-        state["optimizer"] = agent.optimizer.state_dict()
+        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
@@ -476,7 +474,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -495,20 +493,20 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x [Q^A, Delta, alpha], then distill_steps x Q^W, in DSRL's order
+            # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)

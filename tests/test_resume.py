@@ -114,7 +114,7 @@ def test_a_longer_budget_continues_as_if_it_had_been_there_from_the_start(tiny_b
     short = finish(tmp_path / "short", "lpds_continuous.py", *flags, "--total-timesteps", 600)
     again = ["--resume", short]
     less = call(tmp_path / "short", "lpds_continuous.py", *again, "--total-timesteps", 500)
-    refused(less, "--total-timesteps 500", "600")
+    refused(less, "--total-timesteps 500", "keeps its settings")
     finish(tmp_path / "short", "lpds_continuous.py", *again, "--total-timesteps", 1200)
     assert_same_run(long, short)
     finish(tmp_path / "short", "lpds_continuous.py", *again)  # and it is remembered
