@@ -23,6 +23,7 @@ import json
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,7 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
 from entropy import knn_entropy  # noqa: E402
 
-# What differs from Args in an environment; numbers chosen on seeds that no reported result uses
-DEFAULTS = {
+DEFAULTS = {  # what differs from Args; chosen on seeds that no reported result uses
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-diffusion.pt"),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-diffusion.pt"),
@@ -54,7 +54,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -81,23 +81,23 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
+    """chunks that each environment executes between train calls"""
     utd: int = 20
-    """updates of V and Q^A per train call"""
+    """updates of V and Q^A per train call, so per train_freq * num_envs chunks"""
     actor_steps: int = 4
     """updates of the actor per train call"""
     prior_steps: int = 8_000
     """steps of the frozen policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that no made-up values choose"""
+    """further steps in which only the critics learn, so that untrained ones never choose"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -114,7 +114,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -127,28 +127,21 @@ def parse_args() -> Args:
 
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        free = not args.resume or name in ("resume", "total_timesteps")
+        longer = name == "total_timesteps" and value >= base.total_timesteps
+        free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
         zero = value == 0 and name in ("seed", "warmup_steps")
         good = type(value) not in (int, float) or value > 0 or zero
         require(good, f"{flag}: must be above 0")
-    require(args.gamma < 1, f"--gamma {args.gamma}: must be below 1")
-    require(args.expectile < 1, f"--expectile {args.expectile}: must be below 1")
-    no_decoder = f"--env-id {args.env_id}: has no decoder, {', '.join(DEFAULTS)} have"
-    require(args.backbone, f"{no_decoder}; pretrain_backbone.py makes one for --backbone")
-    need = base.total_timesteps if args.resume else args.prior_steps + args.warmup_steps + 1
-    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
+        require(name not in ("gamma", "tau", "expectile") or value < 1, f"{flag}: must be below 1")
+    require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
     return args
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
-    def __init__(self, env, chunk: int):
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (chunk * env.action_space.shape[0],))
-
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -164,7 +157,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -173,26 +166,27 @@ def make_env(env_id: str, file: dict, **kwargs):
 
     # Gymnasium applies the outermost action wrapper first: [-1, 1] -> range of the data -> clipped
     env = gym.wrappers.ClipAction(env)
-    unit = gym.spaces.Box(-1.0, 1.0, low.shape)
-    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, unit)
+    env = gym.wrappers.TransformAction(env, lambda a: (a + 1) / 2 * (high - low) + low, None)
 
     def normalize(obs):
         return (2 * ((obs - obs_min) / (obs_max - obs_min + 1e-6) - 0.5)).astype(np.float32)
 
     space = gym.spaces.Box(-np.inf, np.inf, obs_min.shape)
-    return ActionChunk(gym.wrappers.TransformObservation(env, normalize, space), file["chunk"])
+    env = ActionChunk(gym.wrappers.TransformObservation(env, normalize, space))
+    env.action_space = gym.spaces.Box(-1.0, 1.0, (file["chunk"] * len(low),))
+    return env
 
 
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's residual MLP. Its few sampling steps (DDIM with eta 0, Euler) are constants in its file.
+    DPPO's (arXiv 2409.00588) residual MLP, run once per sampling step; the K steps are in its file.
     """
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.kind, self.levels = file["kind"], file["levels"]
+        self.kind, self.levels = file["kind"], file["levels"]  # levels: of noise, diffusion only
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -203,7 +197,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
         x = noise
@@ -217,8 +211,8 @@ class Decoder(nn.Module):
                 x = x + prediction / len(self.time_emb)  # Euler's method
             else:
                 a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
-                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # clipped as in DPPO
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, eta 0: no fresh noise
         return x.clamp(-1, 1)
 
 
@@ -295,9 +289,8 @@ class Agent(nn.Module):
         choice = torch.multinomial(weight.T, 1).squeeze(1)
         return action[choice, torch.arange(len(obs))]
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
@@ -356,7 +349,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What steering does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
@@ -370,7 +363,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -394,7 +387,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -407,10 +400,15 @@ if __name__ == "__main__":
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
-    require(path.is_file(), f"--backbone {path}: no such file; pretrain_backbone.py makes decoders")
+    require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")
     file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     known = file.get("format") == 2 and file["solver"] == "ddim"
     require(known, f"--backbone {path}: no diffusion of format 2; convert_dppo.py may help")
+    every = args.num_envs * file["chunk"] * args.train_freq  # steps between train calls, at most
+    require(args.eval_every >= every, f"--eval-every {args.eval_every}: --num-envs needs {every}")
+    first_step = args.prior_steps + args.warmup_steps  # of the actor's learning
+    need = first_step + every
+    require(args.total_timesteps >= need, f"--total-timesteps {args.total_timesteps}: give {need}")
     decoder = Decoder(file).to(args.device)
     make = partial(make_env, args.env_id, file)
     mode = gym.vector.AutoresetMode.SAME_STEP
@@ -426,6 +424,7 @@ if __name__ == "__main__":
     rows, evals = [{"global_step": 0, "wall_seconds": 0.0}], []
     if args.resume:
         state = torch.load(run / "checkpoint.pt", map_location=args.device, weights_only=True)
+        require(state["script"] == Path(__file__).name, f"--resume {run}: is of {state['script']}")
         agent.load_state_dict(state["agent"])
         agent.optimizer.load_state_dict(state["optimizer"])
         replay.add(*state["replay"].values())
@@ -438,21 +437,19 @@ if __name__ == "__main__":
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
     def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run}")
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    first_step = args.prior_steps + args.warmup_steps
     print(f"{run}: tunes a copy of {path.name} from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then act and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
-        state["agent"] = agent.state_dict()
-        state["optimizer"] = agent.optimizer.state_dict()
+        state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
@@ -472,7 +469,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -492,14 +489,14 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DPPO: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DPPO: rewards are scaled by 0.01 there, whatever they are
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DPPO: rewards are scaled by 0.01 there, whatever they are
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
