@@ -204,6 +204,8 @@ SCRIPTS = {
     "baselines/dsrl_adroit_flow.py": "AdroitHandPen-v1",
     "baselines/dsrl_toy.py": "MultiGoal-v0",
     "baselines/lpds_action_continuous.py": "Hopper-v4",
+    "baselines/dql_continuous.py": "Hopper-v4",
+    "baselines/idql_continuous.py": "Hopper-v4",
 }
 
 

@@ -29,6 +29,8 @@ RUNS = [
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
     ("baselines/dppo_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), ROLLOUTS),
+    ("baselines/dql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
+    ("baselines/idql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
     ("baselines/dsrl_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("baselines/dsrl_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
 ]
