@@ -20,7 +20,7 @@ TINY = (
 ).split()
 OFTEN = "--log-every 100 --distill-steps 2".split()
 SHORT = """--distill-steps 2 --log-every 10 --num-envs 1 --eval-episodes 1 --prior-steps 20
-    --warmup-steps 10 --eval-every 30 --total-timesteps 90""".split()
+    --warmup-steps 10 --eval-every 30 --total-timesteps 120""".split()
 ROLLOUTS = "--log-every 300 --rollout-steps 150".split()
 
 # script, environment, its tiny decoder, further flags
