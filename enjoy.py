@@ -144,16 +144,16 @@ def play(script, policy, tau: float, envs, args: Args) -> tuple:
         seen.append(obs)
         return policy(obs, tau * noise)
 
-    # Spread seeds: those of --seed 1 and --seed 2 have nothing in common, and none of them is 0
+    # Spread over 32 bits: --seed 1 and 2 share no episode, nor does the run's evaluation, seed 0
     groups = math.ceil(args.episodes / AT_ONCE)
     seeds = np.random.SeedSequence(args.seed).generate_state(groups).tolist()
     parts = [script.evaluate(tempered, envs, args.device, seed) for seed in seeds]
-    result = {key: sum([part[key] for part in parts], [])[: args.episodes] for key in parts[0]}
-    return result, torch.cat(seen)
+    result = {key: [x for part in parts for x in part[key]] for key in parts[0]}
+    return {key: x[: args.episodes] for key, x in result.items()}, torch.cat(seen)
 
 
 def measure(policies: dict, tau: float, agent, run_args, obs) -> dict:
-    """Entropy and size of Delta in the states (N, obs_dim) behind these returns, not in replay."""
+    """Entropy and size of Delta in states obs (N, obs_dim) of these episodes, not of replay."""
     d = agent.decoder.dim
     states = obs[torch.linspace(0, len(obs) - 1, 64).long()].repeat_interleave(64, 0)
     noise = torch.randn(64 * 64, d, generator=torch.Generator().manual_seed(0)).to(obs.device)
@@ -176,7 +176,7 @@ def print_row(tau: float, name: str, numbers: dict) -> None:
     for key, digits in (("return", 1), ("success", 3), ("length", 1)):
         x = np.array(numbers[key])
         error = x.std() / math.sqrt(len(x) - 1) if len(x) > 1 else math.nan  # of the mean
-        cells.append(f"{f'{x.mean():.{digits}f} +- {error:.{digits}f}':>16}")
+        cells.append(f"{x.mean():.{digits}f} +- {error:.{digits}f}".rjust(16))
     for key in ("entropy", "ties", "sq_norm", "kl"):
         empty = key not in numbers or (key == "entropy" and numbers["ties"] == 1)
         cells.append(f"{'-':>8}" if empty else f"{numbers[key]:>8.3f}")
@@ -186,8 +186,8 @@ def print_row(tau: float, name: str, numbers: dict) -> None:
 def evaluate_all(args: Args, script, envs, cameras: list, agent, run_args) -> dict:
     """Frozen and steered at each temperature: prints the table as it comes, returns its numbers."""
     print(f"{args.episodes} episodes of seed {args.seed}; mean +- standard error, entropy in nats")
-    columns = "return          success           length  entropy     ties  sq_norm       kl"
-    print(f"tau  policy {columns:>87}")
+    wide, narrow = ("return", "success", "length"), ("entropy", "ties", "sq_norm", "kl")
+    print("tau  policy ", *(f"{key:>16}" for key in wide), *(f"{key:>8}" for key in narrow))
     policies = {"frozen": agent.decoder, "steered": agent.act}
     numbers = {name: {} for name in policies}
     for tau in args.temperature:
@@ -196,7 +196,7 @@ def evaluate_all(args: Args, script, envs, cameras: list, agent, run_args) -> di
             for camera in cameras:
                 camera.start(f"{name}, temperature {tau:g}, return")
             numbers[name][key], visited = play(script, policy, tau, envs, args)
-        measured = measure(policies, tau, agent, run_args, visited)  # where `steered` was
+        measured = measure(policies, tau, agent, run_args, visited)  # by steered, the last
         for name in policies:
             numbers[name][key] |= measured[name]
             print_row(tau, name, numbers[name][key])
@@ -212,7 +212,7 @@ def draw_curves(run: Path, run_args, target: str) -> None:
     rows = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
     figure = Figure((14, 3.5), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        for key in filter(rows.dtype.names.__contains__, keys):
+        for key in [key for key in keys if key in rows.dtype.names]:
             known = rows[np.isfinite(rows[key])]
             style = "k--" if "frozen" in key else "-"
             axis.plot(known["global_step"], known[key], style, label=key)
@@ -251,15 +251,15 @@ class Camera:
         watch(env, self.shoot)
 
     def start(self, label: str) -> None:
-        self.label = label
-        self.resets = 0
+        self.label, self.resets = label, 0
         self.films.append([])
 
     def shoot(self, obs, action, reward) -> None:
         from PIL import Image, ImageDraw
 
-        self.resets += action is None
-        self.total = 0.0 if action is None else self.total + reward
+        if action is None:  # a reset, whose reward is 0
+            self.resets, self.total = self.resets + 1, 0.0
+        self.total += reward
         if self.resets == 1:
             image = Image.fromarray(self.env.render())
             look = dict(font_size=20, stroke_width=2, stroke_fill="black")
@@ -273,7 +273,7 @@ def check_camera(make) -> None:
     try:
         env = make(render_mode="rgb_array")
         env.reset(seed=0)
-        np.zeros(3) + env.render()  # fails unless it is (height, width, 3)
+        assert np.shape(env.render())[2:] == (3,), "render() returns no picture"
         env.close()
     except Exception as error:  # of any kind, from an ImportError to OpenGL's own
         hint = "for MuJoCo on Debian, apt-get install libegl1 libgl1 and set MUJOCO_GL=egl"
@@ -315,7 +315,7 @@ class Policy(torch.nn.Module):
 
 
 def export(args: Args, script, make, agent, file: dict, about: dict) -> None:
-    """Writes the steered policy as one program, once it does what the script does."""
+    """Writes the steered policy as one program, if it plays an episode as the script does."""
     envs = make_envs(make, 1)
     base = envs.envs[0].unwrapped
     policy = Policy(agent.cpu(), file, base.action_space)
@@ -347,7 +347,7 @@ def export(args: Args, script, make, agent, file: dict, about: dict) -> None:
 if __name__ == "__main__":
     args = parse_args()
     torch.set_num_threads(1)  # small matrices, as in the scripts
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
     if args.video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen; read on import
 
@@ -366,7 +366,7 @@ if __name__ == "__main__":
     if args.curves:
         draw_curves(run, run_args, args.curves)
     if args.episodes > 0:
-        filmed = args.video_episodes if args.video else 0
+        filmed = min(args.video_episodes, args.episodes, AT_ONCE) if args.video else 0
         envs = make_envs(make, min(args.episodes, AT_ONCE), filmed)
         cameras = [Camera(env) for env in envs.envs[:filmed]]
         numbers = evaluate_all(args, script, envs, cameras, agent, run_args)

@@ -8,7 +8,7 @@ velocity, dx/dt = v(x, t; s), from x(0) = w to x(1) = a. Learned: a shift of tha
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
-A fork of lpds_continuous.py, to be read first; their diff is the decoder, the tasks, their success.
+A fork of lpds_continuous.py; read that first. New are the tasks, their success and the decoder.
 
     python lpds_adroit_flow.py --env-id AdroitHandPen-v1
     python lpds_adroit_flow.py --resume runs/RUN_FOLDER
@@ -41,12 +41,12 @@ except ImportError:
     sys.exit("error: gymnasium-robotics is missing: pip install -r requirements/adroit.txt")
 gym.register_envs(gymnasium_robotics)
 
-# What differs from Args: the decoder, delta (table 2), and for all hands (tables 1 and 3)
-HANDS = dict(noise_bound=2.5, num_envs=16, train_freq=1, utd=10, total_timesteps=160_000)
-HANDS |= dict(prior_steps=16_000, warmup_steps=16_000, eval_every=16_000, eval_episodes=50)
+# What differs from Args in all tasks (of the paper: noise_bound, table 3; utd, table 1) and in each
+ADROIT = dict(noise_bound=2.5, num_envs=16, train_freq=1, utd=10, total_timesteps=160_000)
+ADROIT |= dict(prior_steps=16_000, warmup_steps=16_000, eval_every=16_000, eval_episodes=50)
 DEFAULTS = {}
-for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():
-    values = HANDS | dict(backbone=f"adroit-{task.lower()}-flow.pt", delta=delta)
+for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():  # table 2
+    values = ADROIT | dict(backbone=f"adroit-{task.lower()}-flow.pt", delta=delta)
     DEFAULTS |= {f"AdroitHand{task}": values, f"AdroitHand{task}Sparse": values}
 
 
@@ -59,7 +59,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -71,9 +71,9 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2 under delta_norm: small keeps variety, large specialises; 0.1 to 1"""
+    """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean"""
+    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -83,7 +83,7 @@ class Args:
     alpha_lr: float = 1e-2
     """step of the dual update"""
     noise_bound: float = float("inf")
-    """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
+    """clips each coordinate of w to +-bound, in the tasks above at 2.5; inf leaves it to delta"""
     hidden_size: int = 256
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -91,23 +91,23 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
+    """chunks that each environment executes between train calls"""
     utd: int = 20
-    """updates of Q^A, Delta and alpha per train call"""
+    """updates of Q^A, Delta and alpha per train call, so per train_freq * num_envs chunks"""
     distill_steps: int = 10
     """updates of Q^W per train call"""
     prior_steps: int = 8_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that Delta follows no made-up values"""
+    """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -124,7 +124,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -149,13 +149,13 @@ def parse_args() -> Args:
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
     def reset(self, **kwargs):
         self.success = False
         return self.env.reset(**kwargs)
 
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -172,7 +172,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -201,8 +201,8 @@ class Decoder(nn.Module):
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.solver = file["solver"]
-        self.steps = len(file["time_emb"]) - (self.solver == "heun")  # it needs both ends of each
+        self.solver, times = file["solver"], len(file["time_emb"])
+        self.steps = times - 1 if self.solver == "heun" else times  # Heun's have both ends of each
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
         h = self.first(torch.cat([x, self.time_emb[i].expand(len(x), -1), obs], -1))
@@ -261,7 +261,7 @@ class Agent(nn.Module):
         self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
         self.register_buffer("reward_scale", torch.tensor(scale))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)  # see descend
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return (noise + self.perturbation(obs)).clamp(-self.args.noise_bound, self.args.noise_bound)
@@ -270,16 +270,15 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering
+            # SAC's target without the entropy bonus, for the steered policy's next chunk
             next_action = self.act(batch["next_obs"], torch.randn_like(batch["action"]))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
             discount = self.args.gamma * (1 - batch["terminated"])
@@ -292,42 +291,42 @@ class Agent(nn.Module):
                 slow.lerp_(fast, self.args.tau)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
+        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        noise = torch.randn_like(batch["action"])
+        with torch.no_grad():  # neither network changes here: one pass serves all slices
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
     def update_perturbation(self, batch: dict) -> dict:
-        """Primal step on theta, dual step on alpha (lines 16-19; equations 8 and 10)."""
-        # Primal: the shift that Q^W likes best at the present price. Needs no pass of the decoder
+        """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
+        # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         args = self.args
         noise = torch.randn_like(batch["action"])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # steer, with its shift kept
+        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # as steer() does
         value = self.q_w(batch["obs"], w).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()
+        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
         sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
         loss = self.alpha * (sq_norm - args.delta) - value.mean()
         self.descend(self.perturbation, loss)
 
-        # Dual: the price rises while the budget is overdrawn. differs from the paper: equation 10
-        # adds a step to alpha, whose right size depends on the rewards; this multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1
+        # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
+        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
+        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
         if args.lagrangian and args.dual == "log":
             self.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         elif args.lagrangian:
             self.alpha.add_(args.alpha_lr * args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()
-        info["trust_region/kl"] = 0.5 * sum_norm  # to the prior, in nats; exact without a bound
+        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I)), ignoring noise_bound
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
-
-    def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
-        n = self.args.batch_size
-        noise = torch.randn_like(batch["action"])
-        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
-        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
-            self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 class Replay:  # every transition (chunk) of the run, on the learner's device
@@ -350,7 +349,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What steering does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
@@ -358,7 +357,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noise of a state as Q^A ranks its actions? Only such differences can steer
+    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -369,7 +368,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -393,7 +392,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -401,7 +400,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warnings about other versions
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -450,7 +449,7 @@ if __name__ == "__main__":
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
@@ -475,7 +474,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -494,20 +493,20 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x [Q^A, Delta, alpha], then distill_steps x Q^W, in DSRL's order
+            # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)

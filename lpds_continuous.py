@@ -3,19 +3,21 @@
 # ///
 """Lagrangian Perturbation Diffusion Steering (LP-DS, arXiv 2606.01151) on Gymnasium's locomotion.
 
-A generative policy a = Phi(w; s), cloned from mediocre data, stays frozen. Learned is a shift of
-its input noise for every state, within a budget delta that keeps it close to the prior N(0, I):
+A generative policy a = Phi(w; s), cloned from mediocre data, makes a chunk a of actions from noise.
+It stays frozen; only a shift Delta of its noise eps ~ N(0, I) is learned, within a budget delta:
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
-If you know SAC: Q^A is its critic, on chunks of actions. Q^W is the same value of noise, learned
-from Q^A, so that no gradient passes through Phi. alpha prices distance to the prior, not entropy.
+If you know SAC: Q^A(s, a) is its critic, on chunks and without entropy. Q^W(s, w) is distilled from
+Q^A(s, Phi(w; s)) at w ~ N(0, I): no gradient passes through Phi, but Q^W is true only near that
+prior, hence delta. Its multiplier alpha prices distance to the prior as SAC's prices entropy.
 
     python lpds_continuous.py --env-id Walker2d-v4 --delta 0.35
     python lpds_continuous.py --resume runs/RUN_FOLDER
     python enjoy.py runs/RUN_FOLDER --temperature 1 0.5 0
 
 Results, metrics and departures: docs/lpds_continuous.md. To fork, copy this file and entropy.py.
+On a first reading skip parse_args, log, and in the main part what comes before `while True`.
 """
 
 import json
@@ -36,9 +38,9 @@ import tyro
 
 from entropy import knn_entropy
 
-# What differs from Args in an environment; numbers chosen on seeds that no reported result uses
-HALF = dict(utd=10, distill_steps=5)  # half of DSRL's (arXiv 2506.15799): near return, half time
-DEFAULTS = {
+# DSRL (arXiv 2506.15799) bounds w, without a budget; LP-DS takes over its loop and settings
+HALF = dict(utd=10, distill_steps=5)  # half of DSRL's updates: about the same return, half the time
+DEFAULTS = {  # what differs from Args; chosen on seeds that no reported result uses
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", delta=0.5, hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-flow.pt", delta_norm="sum", **HALF),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-flow.pt", **HALF),
@@ -54,7 +56,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -66,9 +68,9 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2 under delta_norm: small keeps variety, large specialises; 0.1 to 1"""
+    """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean"""
+    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -86,23 +88,23 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
+    """chunks that each environment executes between train calls"""
     utd: int = 20
-    """updates of Q^A, Delta and alpha per train call"""
+    """updates of Q^A, Delta and alpha per train call, so per train_freq * num_envs chunks"""
     distill_steps: int = 10
     """updates of Q^W per train call"""
     prior_steps: int = 8_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that Delta follows no made-up values"""
+    """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -119,7 +121,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -144,9 +146,9 @@ def parse_args() -> Args:
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -162,7 +164,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -185,13 +187,13 @@ def make_env(env_id: str, file: dict, **kwargs):
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's residual MLP. Its few sampling steps (DDIM with eta 0, Euler) are constants in its file.
+    DPPO's (arXiv 2409.00588) residual MLP, run once per sampling step; the K steps are in its file.
     """
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.kind, self.levels = file["kind"], file["levels"]
+        self.kind, self.levels = file["kind"], file["levels"]  # levels: of noise, diffusion only
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
         x = noise
@@ -216,8 +218,8 @@ class Decoder(nn.Module):
                 x = x + prediction / len(self.time_emb)  # Euler's method
             else:
                 a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
-                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # clipped as in DPPO
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, eta 0: no fresh noise
         return x.clamp(-1, 1)
 
 
@@ -251,7 +253,7 @@ class Agent(nn.Module):
         self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
         self.register_buffer("reward_scale", torch.tensor(scale))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)  # see descend
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return (noise + self.perturbation(obs)).clamp(-self.args.noise_bound, self.args.noise_bound)
@@ -260,16 +262,15 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering
+            # SAC's target without the entropy bonus, for the steered policy's next chunk
             next_action = self.act(batch["next_obs"], torch.randn_like(batch["action"]))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
             discount = self.args.gamma * (1 - batch["terminated"])
@@ -282,42 +283,42 @@ class Agent(nn.Module):
                 slow.lerp_(fast, self.args.tau)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
+        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        noise = torch.randn_like(batch["action"])
+        with torch.no_grad():  # neither network changes here: one pass serves all slices
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
     def update_perturbation(self, batch: dict) -> dict:
-        """Primal step on theta, dual step on alpha (lines 16-19; equations 8 and 10)."""
-        # Primal: the shift that Q^W likes best at the present price. Needs no pass of the decoder
+        """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
+        # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         args = self.args
         noise = torch.randn_like(batch["action"])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # steer, with its shift kept
+        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # as steer() does
         value = self.q_w(batch["obs"], w).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()
+        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
         sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
         loss = self.alpha * (sq_norm - args.delta) - value.mean()
         self.descend(self.perturbation, loss)
 
-        # Dual: the price rises while the budget is overdrawn. differs from the paper: equation 10
-        # adds a step to alpha, whose right size depends on the rewards; this multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1
+        # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
+        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
+        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
         if args.lagrangian and args.dual == "log":
             self.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         elif args.lagrangian:
             self.alpha.add_(args.alpha_lr * args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()
-        info["trust_region/kl"] = 0.5 * sum_norm  # to the prior, in nats; exact without a bound
+        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I)), ignoring noise_bound
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
-
-    def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
-        n = self.args.batch_size
-        noise = torch.randn_like(batch["action"])
-        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
-        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
-            self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 class Replay:  # every transition (chunk) of the run, on the learner's device
@@ -340,7 +341,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What steering does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
@@ -348,7 +349,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noise of a state as Q^A ranks its actions? Only such differences can steer
+    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -359,7 +360,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -383,7 +384,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -391,7 +392,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -440,7 +441,7 @@ if __name__ == "__main__":
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
@@ -465,7 +466,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -484,20 +485,20 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x [Q^A, Delta, alpha], then distill_steps x Q^W, in DSRL's order
+            # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-# What differs from Args in a world; as a sum over Avoiding's d = 8, 0.3 would change little
+# What differs from Args in a world; the mean, as the paper's deltas, summed over d = 8, do little
 AVOIDING = dict(backbone="avoiding-scripted-diffusion.pt", total_timesteps=50_000, utd=5)
 AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, hidden_size=128, delta_norm="mean")
 AVOIDING |= dict(eval_every=5_000, eval_episodes=200)
@@ -50,7 +50,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 10_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cpu"
     """cpu, which is fastest here, or cuda"""
     exp_name: str = Path(__file__).stem
@@ -60,9 +60,9 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     delta: float = 0.1
-    """budget of E||Delta||^2 under delta_norm: 0.01 keeps all goals, 1 keeps one or two"""
+    """budget of E||Delta||^2: 0.01 keeps all goals, 1 keeps one or two"""
     delta_norm: Literal["sum", "mean"] = "sum"
-    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean"""
+    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -71,7 +71,7 @@ class Args:
     """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
     """step of the dual update"""
-    noise_bound: float = math.inf
+    noise_bound: float = float("inf")
     """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
     hidden_size: int = 64
     """width of the three hidden layers of policy and critics"""
@@ -80,7 +80,7 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 10
@@ -90,9 +90,9 @@ class Args:
     prior_steps: int = 1_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 1_000
-    """further steps in which only the critics learn, so that Delta follows no made-up values"""
+    """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 1_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the worlds"""
     eval_episodes: int = 1_000
@@ -107,7 +107,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -180,7 +180,7 @@ class Avoiding(gym.Env):
         post = '<geom type="cylinder" pos="{} {} 0" size="{} 0.1"/>'
         posts = "".join(post.format(*circle) for circle in self.CIRCLES)
         motors = ""
-        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), g a slow target
+        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), tau g' = ctrl - g
             slow = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
             motors += f'<general joint="{joint}" gainprm="{kp - kd * f / tau}" {slow}/>'
             motors += f'<general joint="{joint}" gainprm="{kd * f / tau}"/>'
@@ -234,9 +234,9 @@ gym.register("Avoiding-v0", Avoiding, max_episode_steps=150)
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -252,7 +252,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -275,13 +275,13 @@ def make_env(env_id: str, file: dict, **kwargs):
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's residual MLP. Its few sampling steps (DDIM with eta 0, Euler) are constants in its file.
+    DPPO's (arXiv 2409.00588) residual MLP, run once per sampling step; the K steps are in its file.
     """
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.kind, self.levels = file["kind"], file["levels"]
+        self.kind, self.levels = file["kind"], file["levels"]  # levels: of noise, diffusion only
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -292,7 +292,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
         x = noise
@@ -306,8 +306,8 @@ class Decoder(nn.Module):
                 x = x + prediction / len(self.time_emb)  # Euler's method
             else:
                 a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
-                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # clipped as in DPPO
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, eta 0: no fresh noise
         return x.clamp(-1, 1)
 
 
@@ -341,7 +341,7 @@ class Agent(nn.Module):
         self.register_buffer("alpha", torch.tensor(args.alpha_init if args.lagrangian else 0.0))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
         self.register_buffer("reward_scale", torch.tensor(scale))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)  # see descend
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return (noise + self.perturbation(obs)).clamp(-self.args.noise_bound, self.args.noise_bound)
@@ -350,16 +350,15 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering
+            # SAC's target without the entropy bonus, for the steered policy's next chunk
             next_action = self.act(batch["next_obs"], torch.randn_like(batch["action"]))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
             discount = self.args.gamma * (1 - batch["terminated"])
@@ -372,42 +371,42 @@ class Agent(nn.Module):
                 slow.lerp_(fast, self.args.tau)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
+        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        noise = torch.randn_like(batch["action"])
+        with torch.no_grad():  # neither network changes here: one pass serves all slices
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
     def update_perturbation(self, batch: dict) -> dict:
-        """Primal step on theta, dual step on alpha (lines 16-19; equations 8 and 10)."""
-        # Primal: the shift that Q^W likes best at the present price. Needs no pass of the decoder
+        """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
+        # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         args = self.args
         noise = torch.randn_like(batch["action"])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # steer, with its shift kept
+        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # as steer() does
         value = self.q_w(batch["obs"], w).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()
+        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
         sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
         loss = self.alpha * (sq_norm - args.delta) - value.mean()
         self.descend(self.perturbation, loss)
 
-        # Dual: the price rises while the budget is overdrawn. differs from the paper: equation 10
-        # adds a step to alpha, whose right size depends on the rewards; this multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1
+        # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
+        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
+        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
         if args.lagrangian and args.dual == "log":
             self.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         elif args.lagrangian:
             self.alpha.add_(args.alpha_lr * args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()
-        info["trust_region/kl"] = 0.5 * sum_norm  # to the prior, in nats; exact without a bound
+        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I)), ignoring noise_bound
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
-
-    def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
-        n = self.args.batch_size
-        noise = torch.randn_like(batch["action"])
-        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
-        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
-            self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 class Replay:  # every transition (chunk) of the run, on the learner's device
@@ -440,7 +439,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success, mode = np.full((4, envs.num_envs), np.nan)
     paths = [None] * envs.num_envs
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -479,8 +478,8 @@ def draw(file: Path, world, panels: dict) -> None:
         for path, mode in zip(paths, modes):
             color = f"C{mode:.0f}" if mode >= 0 else "0.7"
             axis.plot(*np.transpose(path), color=color, linewidth=0.5)
-        for circle in world.CIRCLES:
-            axis.add_patch(patches.Circle(circle[:2], circle[2], fill=False, zorder=3))
+        for x, y, radius in world.CIRCLES:
+            axis.add_patch(patches.Circle((x, y), radius, fill=False, zorder=3))
     save(file, partial(picture.savefig, format="png"))
 
 
@@ -488,7 +487,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -533,7 +532,7 @@ if __name__ == "__main__":
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
@@ -544,16 +543,17 @@ if __name__ == "__main__":
 
         # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
-        paths = paths[:1] + [result.pop("path")]  # the frozen policy's, and the latest
+        paths = [*paths[:1], result.pop("path")]  # only the frozen policy's and the latest are kept
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
         save(run / "eval.npz", partial(np.savez, **arrays, path=np.array(paths, np.float32)))
         returns, success = arrays["return"].mean(1).tolist(), arrays["success"].mean(1).tolist()
         rows[-1] |= {"eval/episodic_return": returns[-1], "eval/success": success[-1]}
         rows[-1] |= {"eval/frozen_return": returns[0], "eval/frozen_success": success[0]}
-        modes = np.bincount(arrays["mode"][-1].astype(int) + 1)[1:]  # episodes to each
-        largest = float(modes.max(initial=0) / max(modes.sum(), 1))
-        rows[-1] |= {"eval/modes": int((modes > 0).sum()), "eval/mode_max": largest}
+        modes = [mode for mode in result["mode"] if mode >= 0]  # of the episodes that got there
+        counts = np.unique(modes, return_counts=True)[1]
+        largest = float(counts.max(initial=0) / max(len(modes), 1))
+        rows[-1] |= {"eval/modes": len(counts), "eval/mode_max": largest}
         log(run, rows)
         if returns[-1] == max(returns):
             save(run / "best.pt", partial(torch.save, state))
@@ -563,7 +563,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -581,20 +581,20 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x [Q^A, Delta, alpha], then utd x Q^W, in DSRL's order
+            # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then utd x Q^W
             if global_step >= args.prior_steps:
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)
@@ -613,7 +613,6 @@ if __name__ == "__main__":
                 row |= info | probe(agent, replay)
                 rows.append({key: float(value) for key, value in row.items()})
                 log(run, rows)
-                ended, info = [], {}
 
     panels = {"frozen": (paths[0], evals[0]["mode"]), "steered": (paths[1], evals[-1]["mode"])}
     draw(run / "paths.png", eval_envs.envs[0].unwrapped, panels)

@@ -129,7 +129,7 @@ def read_episodes(args: Args, limit: float) -> list:
     if path.startswith("minari:"):
         return read_minari(path)
     if suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:  # from others: data, that runs no code
+        with np.load(path, allow_pickle=False) as arrays:  # never runs code from the file
             return read_flat(path, arrays, limit, args.only)
 
     require(suffix == ".hdf5", f"--data {path}: is no FILE.npz, FILE.hdf5 or minari:DATASET_ID")
@@ -211,7 +211,7 @@ def statistics(obs, actions) -> dict:
     return stats
 
 
-def normalize(x, stats: dict, name: str):  # in float64: 400,000 + 0.01 is not 400,000
+def normalize(x, stats: dict, name: str):  # float32 would make 400,000 of 400,000.01
     low, high = stats[f"{name}_min"].double(), stats[f"{name}_max"].double()
     return (2 * ((torch.as_tensor(x) - low) / (high - low + 1e-6) - 0.5)).float()
 
@@ -227,12 +227,12 @@ class Backbone(nn.Module):
         width = file["width"]
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
 
-        # DPPO's cosine schedule. Its grid ends at steps + 1, which is kept on purpose
-        grid = np.linspace(0, steps + 1, steps + 1) / (steps + 1)
-        f = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
+        # Nichol and Dhariwal's cosine schedule, as DPPO
+        f = np.cos((np.linspace(0, 1, steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         self.alpha_bar = np.cumprod(1 - np.clip(1 - f[1:] / f[:-1], 0, 0.999))  # (steps,)
 
-        time_dim = file["time_emb"].shape[1] if "time_emb" in file else 16
+        trained = file["training"].get("time_network", {})  # empty before training
+        time_dim = len(trained["3.bias"]) if trained else 16
         layers = nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim)
         self.time_network = nn.Sequential(nn.Identity(), *layers)  # under DPPO's names
         inputs = [file["obs_dim"], *file["cond_hidden"]]  # an MLP of obs in some files of DPPO
@@ -245,8 +245,8 @@ class Backbone(nn.Module):
         self.first = nn.Linear(self.dim + time_dim + inputs[-1], width)
         self.head = nn.Linear(width, self.dim)
         if "model" in file:
-            time_network = file["training"]["time_network"].items()
-            self.load_state_dict(file["model"] | {f"time_network.{k}": w for k, w in time_network})
+            trained = {f"time_network.{name}": weight for name, weight in trained.items()}
+            self.load_state_dict(file["model"] | trained)
 
     def embed_time(self, t):  # (B,) in training steps -> (B, time_dim)
         half = self.time_network[1].in_features // 2
@@ -280,15 +280,15 @@ class Backbone(nn.Module):
         few = self.kind == "flow" or steps <= self.train_steps
         require(few, f"--sample-steps {steps}: must be at most {self.train_steps} for a diffusion")
         self.solver = solver if self.kind == "flow" else "ddim"
-        self.steps = steps
-        self.levels = []
-        times = np.arange(steps + (self.solver == "heun")) * self.train_steps / steps
+        self.steps, self.levels = steps, []
         if self.solver == "ddim":
-            times = np.arange(steps)[::-1] * (self.train_steps // steps)  # 20 / 5: 16, 12, 8, 4, 0
+            times = np.arange(steps - 1, -1, -1) * (self.train_steps // steps)  # 16, 12, 8, 4, 0
             now = self.alpha_bar[times]
             after = np.append(now[1:], 1.0)  # the last step lands on the clean action
             self.levels = np.sqrt(np.stack([now, 1 - now, after, 1 - after], 1)).tolist()
-        self.time_emb = self.embed_time(torch.tensor(times.copy(), dtype=torch.float32)).detach()
+        else:  # Heun asks at the end of its last step, too
+            times = np.arange(steps + (self.solver == "heun")) * self.train_steps / steps
+        self.time_emb = self.embed_time(torch.tensor(times, dtype=torch.float32)).detach()
         return {"solver": self.solver, "levels": self.levels, "time_emb": self.time_emb}
 
     def forward(self, obs, noise):  # (B, obs_dim), (B, d) -> action chunk (B, d) in [-1, 1]
@@ -320,8 +320,8 @@ def play(decoder: Backbone, file: dict, env, seed: int) -> tuple:
         chunk = decoder(normalize(obs[None], stats, "obs"), noise).view(file["chunk"], -1)
         for action in (chunk + 1) / 2 * (high - low) + low:
             obs, _, terminated, truncated, info = env.step(action.numpy())
-            # Where the environment flags no success, it is to reach the time limit without a fall
-            success |= bool(info.get("success", truncated and not terminated))
+            survived = truncated and not terminated  # success, where the environment flags none
+            success = success or bool(info.get("success", survived))
             ended = terminated or truncated
             if ended:
                 break
@@ -329,7 +329,7 @@ def play(decoder: Backbone, file: dict, env, seed: int) -> tuple:
 
 
 def finish(args: Args, file: dict, decoder: Backbone, env) -> None:
-    """Fixes how the decoder is sampled, plays it as it is when frozen, and writes its file."""
+    """Fixes how the decoder is sampled, scores it (an old score goes) and writes its file."""
     file |= decoder.sample_by(args.solver, args.sample_steps)
     card = {key: x for key, x in file["card"].items() if not key.startswith(("frozen_", "eval_"))}
     recipe = {"sample_steps": decoder.steps, "solver": decoder.solver}
@@ -357,7 +357,7 @@ if __name__ == "__main__":
     check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # that -v4 is old is no news
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # (1) The environment: that it is missing must not be found out after the training
     env, limit = None, np.inf
@@ -387,12 +387,12 @@ if __name__ == "__main__":
         finish(args, file, network, env)
         raise SystemExit
 
-    # (3) Samples: every step with a full chunk to come; held out are whole episodes
+    # (3) Samples: every step with a full chunk to come, of shuffled episodes, the held-out first
     stops = lengths.cumsum()
     order = np.random.default_rng(args.seed).permutation(np.flatnonzero(lengths >= args.chunk))
     starts = [np.arange(stops[i] - lengths[i], stops[i] - args.chunk + 1) for i in order]
     n_held = int(args.held_out * len(starts))
-    split = sum(map(len, starts[:n_held]))
+    split = sum(len(x) for x in starts[:n_held])  # so many samples are held out
     starts = np.concatenate(starts)
     obs = normalize(obs, file["normalization"], "obs")[starts].to(args.device)
     actions = normalize(actions, file["normalization"], "action")
@@ -403,8 +403,7 @@ if __name__ == "__main__":
     started = time.time()
     network.to(args.device)
     ema = copy.deepcopy(network).requires_grad_(False)
-    weights, averages = list(network.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations, args.lr / 10)
     losses, rows = [], []
     for iteration in trange(1, args.iterations + 1, disable=None):
@@ -421,7 +420,8 @@ if __name__ == "__main__":
         if iteration % 10 == 0 or last:
             decay = args.ema_decay if iteration > max(args.iterations // 50, 10) else 0.0
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - decay)
+                for slow, fast in zip(ema.parameters(), network.parameters()):
+                    slow.lerp_(fast, 1 - decay)
 
         if iteration % max(args.iterations // 20, 1) == 0 or last:
             with torch.no_grad(), torch.random.fork_rng():

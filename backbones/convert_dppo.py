@@ -84,7 +84,8 @@ if __name__ == "__main__":
     config = old.get("config", vars(args) | {"kind": "diffusion"})
     weights = old["model"] if "config" in old else dppo_weights(old, args.source)
     weights = rename(weights, args.source)
-    time_network = {name[5:]: weights.pop(name) for name in list(weights) if name[:5] == "time."}
+    time_network = {name[5:]: w for name, w in weights.items() if name.startswith("time.")}
+    weights = {name: w for name, w in weights.items() if not name.startswith("time.")}
     cond = [len(w) for name, w in weights.items() if name.startswith("cond.") and w.ndim == 1]
     d, width = weights["head.weight"].shape
     inputs = weights["first.weight"].shape[1] - d - len(time_network["3.bias"])
@@ -96,14 +97,13 @@ if __name__ == "__main__":
     print(f"by shape: {obs_dim} observations, {d // action_dim} x {action_dim} actions")
     print(f"{told}: {config['kind']}, {config['activation']}, {steps}")
 
-    # Backbone refuses weights whose shapes do not fit together
     file = {"format": 2, "kind": config["kind"], "activation": config["activation"]}
     file |= {"obs_dim": obs_dim, "action_dim": action_dim, "chunk": d // action_dim}
     n_blocks = sum(name.startswith("blocks.") for name in weights) // 4
     file |= {"width": width, "num_blocks": n_blocks, "cond_hidden": cond, "model": weights}
     file |= {"normalization": stats, "card": old.get("card", {"source": Path(args.source).name})}
     file["training"] = {"train_steps": config["train_steps"], "time_network": time_network}
-    file["time_emb"] = time_network["3.bias"][None]  # for its width, until the next line
+    # Backbone refuses weights whose shapes do not fit together; a diffusion it samples by DDIM
     file |= Backbone(file).sample_by("euler", config["sample_steps"])
     temporary = Path(f"{args.target}.tmp")  # renamed when whole
     torch.save(file, temporary)

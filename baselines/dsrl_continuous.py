@@ -15,6 +15,7 @@ bonus; nothing ties it to the prior N(0, I) that the decoder was trained on:
 
 At temperature 0 enjoy.py plays the mean action. Source: Wagenmaker et al. 2025, arXiv 2506.15799.
 Results and departures: docs/baselines.md. It takes entropy.py and backbones/ from one folder up.
+Algorithm 1, in the comments, is that of LP-DS.
 """
 
 import json
@@ -37,9 +38,9 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
 from entropy import knn_entropy  # noqa: E402
 
-# What differs from Args in an environment; numbers chosen on seeds that no reported result uses
-HALF = dict(utd=10, distill_steps=5)  # half of DSRL's (arXiv 2506.15799): near return, half time
-DEFAULTS = {
+# Updates, chunks and networks are the released code's, where no comment says otherwise
+HALF = dict(utd=10, distill_steps=5)  # half of its updates: about the same return, half the time
+DEFAULTS = {  # what differs from Args; chosen on seeds that no reported result uses
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-flow.pt", noise_bound=2.5, **HALF),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-flow.pt", **HALF),
@@ -55,7 +56,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
     total_timesteps: int = 100_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1"""
     track: bool = False
@@ -79,23 +80,23 @@ class Args:
     batch_size: int = 256
     """action chunks per gradient step"""
     gamma: float = 0.99
-    """discount per action chunk (DSRL's convention), not per primitive step; below 1"""
+    """discount per action chunk, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
     train_freq: int = 2
-    """vector steps (num_envs chunks each) between train calls"""
+    """chunks that each environment executes between train calls"""
     utd: int = 20
-    """updates of Q^A, policy and alpha per train call"""
+    """updates of Q^A, policy and alpha per train call, so per train_freq * num_envs chunks"""
     distill_steps: int = 10
     """updates of Q^W per train call"""
     prior_steps: int = 8_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that no policy follows made-up values"""
+    """further steps in which only the critics learn, so that no policy climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: see step (7) of the loop"""
+    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -112,7 +113,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run or DEFAULTS, and these over Args; --help shows the outcome."""
+    """Flags > resumed run > DEFAULTS > Args; parsed twice: --env-id and --resume set defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
@@ -128,8 +129,8 @@ def parse_args() -> Args:
         longer = name == "total_timesteps" and value >= base.total_timesteps
         free = not args.resume or name == "resume" or longer
         require(free or value == getattr(base, name), f"{flag}: a resumed run keeps its settings")
-        zero = value == 0 and name in ("seed", "warmup_steps") or name == "target_entropy"
-        good = type(value) not in (int, float) or value > 0 or zero
+        zero = value == 0 and name in ("seed", "warmup_steps")
+        good = type(value) not in (int, float) or value > 0 or zero or name == "target_entropy"
         require(good, f"{flag}: must be above 0")
         require(name not in ("gamma", "tau") or value < 1, f"{flag}: must be below 1")
     require(args.backbone, f"--env-id {args.env_id}: give a --backbone, see pretrain_backbone.py")
@@ -137,9 +138,9 @@ def parse_args() -> Args:
 
 
 class ActionChunk(gym.Wrapper):
-    """Takes a flat chunk of Ta actions, executes them open loop, returns their summed reward."""
+    """Executes a flat chunk of actions open loop, as one transition with their summed reward."""
 
-    def step(self, chunk):  # (d,)
+    def step(self, chunk):  # (d,), d = actions per chunk * size of an action
         total = 0.0
         self.steps = 0  # how many actions of the chunk were executed
         for action in chunk.reshape(-1, *self.env.action_space.shape):
@@ -155,7 +156,7 @@ class ActionChunk(gym.Wrapper):
 
 
 def make_env(env_id: str, file: dict, **kwargs):
-    """An environment in a decoder's units: normalised observations, action chunks in [-1, 1]."""
+    """Environment in the units of a decoder `file`: observations normalised, chunks in [-1, 1]."""
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **kwargs))
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     obs_min, obs_max, low, high = (file["normalization"][key].double().numpy() for key in keys)
@@ -178,13 +179,13 @@ def make_env(env_id: str, file: dict, **kwargs):
 class Decoder(nn.Module):
     """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
 
-    DPPO's residual MLP. Its few sampling steps (DDIM with eta 0, Euler) are constants in its file.
+    DPPO's (arXiv 2409.00588) residual MLP, run once per sampling step; the K steps are in its file.
     """
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.kind, self.levels = file["kind"], file["levels"]
+        self.kind, self.levels = file["kind"], file["levels"]  # levels: of noise, diffusion only
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim)
+        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
         x = noise
@@ -209,8 +210,8 @@ class Decoder(nn.Module):
                 x = x + prediction / len(self.time_emb)  # Euler's method
             else:
                 a, b, a_next, b_next = self.levels[i]  # x = a * clean action + b * noise
-                clean = ((x - b * prediction) / a).clamp(-1, 1)  # DPPO clips the clean action, too
-                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, the noise refitted to it
+                clean = ((x - b * prediction) / a).clamp(-1, 1)  # clipped as in DPPO
+                x = a_next * clean + b_next * (x - a * clean) / b  # DDIM, eta 0: no fresh noise
         return x.clamp(-1, 1)
 
 
@@ -235,7 +236,7 @@ class Agent(nn.Module):
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
         self.actor = mlp(obs_dim, 2 * d, width)  # mu and log sigma
-        self.temperature = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # log alpha
+        self.log_alpha = nn.ParameterList([torch.tensor(math.log(args.alpha_init))])  # for descend
         self.register_buffer("started", torch.tensor(False))  # before its first update, w = eps
         self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
@@ -243,11 +244,11 @@ class Agent(nn.Module):
         self.q_w = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         scale = 1.0 if args.reward_scale == "auto" else args.reward_scale
         self.register_buffer("reward_scale", torch.tensor(scale))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)  # see descend
 
     @property
     def alpha(self):  # in units of the critics: the trade-off starts where it does on raw rewards
-        return self.reward_scale * self.temperature[0].detach().exp()
+        return self.reward_scale * self.log_alpha[0].detach().exp()
 
     def squash(self, obs, noise):
         """eps (B, d) -> w = b tanh(mu + sigma eps) (B, d), its log density in [-1, 1]^d (B,)."""
@@ -267,22 +268,21 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD through the decoder (lines 8-11), its target by Polyak averaging (line 20)."""
+        """Q^A by TD, then its target by Polyak averaging (Algorithm 1, lines 8-11 and 20)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering
+            # SAC's target, for the steered policy's next chunk; no bonus before the policy starts
             noise = torch.randn_like(batch["action"])
             w, log_prob = self.squash(batch["next_obs"], noise)
             next_action = self.decoder(batch["next_obs"], torch.where(self.started, w, noise))
             next_value = self.q_a_target(batch["next_obs"], next_action).min(0).values  # (B,)
-            bonus = self.alpha * self.started * log_prob
-            next_value = next_value - bonus  # its entropy is worth something, too
+            bonus = -self.alpha * self.started * log_prob  # its entropy is worth something, too
+            next_value = next_value + bonus
             discount = self.args.gamma * (1 - batch["terminated"])
             target = self.reward_scale * batch["reward"] + discount * next_value
         q = self.q_a(batch["obs"], batch["action"])  # (2, B)
@@ -293,6 +293,17 @@ class Agent(nn.Module):
                 slow.lerp_(fast, self.args.tau)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
+    def update_latent_critic(self, batch: dict) -> dict:
+        """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
+        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        noise = torch.randn_like(batch["action"])
+        with torch.no_grad():  # neither network changes here: one pass serves all slices
+            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
+        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
+            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
+            self.descend(self.q_w, loss)
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+
     def update_actor(self, batch: dict) -> dict:
         """A step of the noise policy, then of its temperature, both as in SAC."""
         self.started.fill_(True)
@@ -301,28 +312,13 @@ class Agent(nn.Module):
         loss = (self.alpha * log_prob - self.q_w(obs, w).min(0).values).mean()
         self.descend(self.actor, loss)
 
-        surplus = -log_prob.detach().mean() - self.args.target_entropy  # in nats; alpha falls
-        self.descend(self.temperature, self.temperature[0] * surplus)
+        surplus = -log_prob.detach().mean() - self.args.target_entropy  # nats; alpha falls by it
+        self.descend(self.log_alpha, self.log_alpha[0] * surplus)
         prior = -0.5 * (w.square() + math.log(2 * math.pi)).sum(1)
         kl = log_prob - w.shape[1] * math.log(self.args.noise_bound) - prior  # to N(0, I), in nats
-        info = {
-            "losses/actor": loss,
-            "losses/log_prob": log_prob.mean(),
-            "losses/alpha": self.alpha,
-        }
-        info["trust_region/kl"] = kl.mean()
+        info = {"losses/actor": loss, "losses/log_prob": log_prob.mean()}
+        info |= {"losses/alpha": self.alpha, "trust_region/kl": kl.mean()}
         return {key: value.detach() for key, value in info.items()}
-
-    def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at noise of the prior (lines 12-15): true only near it, hence delta."""
-        n = self.args.batch_size
-        noise = torch.randn_like(batch["action"])
-        with torch.no_grad():  # decoder and Q^A rest meanwhile, so all slices are valued at once
-            target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
-        for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
-            loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
-            self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
 
 class Replay:  # every transition (chunk) of the run, on the learner's device
@@ -345,7 +341,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
     """What steering does at states of the replay, over n draws of noise at each."""
-    generator = torch.Generator(replay.device).manual_seed(seed)  # own: logging changes no run
+    generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
     steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
@@ -353,7 +349,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noise of a state as Q^A ranks its actions? Only such differences can steer
+    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -364,7 +360,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -388,7 +384,7 @@ def log(run: Path, rows: list, track: bool) -> None:  # metrics.csv, and to Weig
     lines = [",".join(str(row.get(key, "")) for key in columns) for row in rows]
     text = "\n".join([",".join(columns), *lines, ""])
     save(run / "metrics.csv", partial(Path.write_text, data=text))
-    if track:
+    if track:  # imported below, only then
         wandb.log(rows[-1], step=int(rows[-1]["global_step"]))
 
 
@@ -396,7 +392,7 @@ if __name__ == "__main__":
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # small matrices: a second thread rarely pays
-    gym.logger.min_level = gym.logger.ERROR  # no warning that -v4 is old: the decoders are, too
+    gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
@@ -445,7 +441,7 @@ if __name__ == "__main__":
     print(f"{run}: steers {path.name}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
@@ -470,7 +466,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(1 + args.num_envs)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist())
@@ -489,20 +485,20 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: the mean |reward| for ever is worth
-            #     15. differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
+            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x [Q^A, policy, alpha], then distill_steps x Q^W, in DSRL's order
+            # (8) Train in DSRL's order: utd x [Q^A, policy, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)

@@ -33,7 +33,7 @@ PRINTED = {
 
 
 def schedule(steps):
-    """(betas, alpha bar): Nichol and Dhariwal's cosine on a grid that ends at steps + 1."""
+    """(betas, alpha bar): Nichol and Dhariwal's cosine, written as DPPO's repository has it."""
     x = np.linspace(0, steps + 1, steps + 1)
     f = np.cos((x / (steps + 1) + 0.008) / (1 + 0.008) * np.pi / 2) ** 2
     f = f / f[0]

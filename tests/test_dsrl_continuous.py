@@ -135,7 +135,7 @@ def test_the_loss_of_the_policy_is_that_of_sac_on_the_critic_of_noise():
     assert info["trust_region/kl"].item() == pytest.approx(kl.mean().item())
     now = agent.state_dict()
     changed = {name.split(".")[0] for name in now if not torch.equal(now[name], before[name])}
-    assert changed == {"actor", "temperature"}
+    assert changed == {"actor", "log_alpha"}
 
 
 @pytest.mark.parametrize("surplus", [-2.0, 2.0])

@@ -293,7 +293,7 @@ def test_program_does_what_the_script_does_and_needs_torch_alone(run, tmp_path):
 
 def test_program_that_differs_from_the_script_is_not_written(run, tmp_path):
     source = (ROOT / "lpds_continuous.py").read_text()
-    changed = source.replace("* (high - low) + low, unit", "* (high - low) + 0.9 * low, unit")
+    changed = source.replace("* (high - low) + low, None", "* (high - low) + 0.9 * low, None")
     assert changed != source
     (tmp_path / "fork.py").write_text(changed)
     flags = ("--episodes", 0, "--script", "fork.py", "--export", "p.pt2")
