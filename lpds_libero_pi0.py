@@ -22,6 +22,7 @@ Results, metrics, departures, your own VLA: docs/lpds_libero_pi0.md. To fork, co
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -60,7 +61,7 @@ class Args:
     seed: int = 1
     """seed of networks, noise and initial states; runs on a CPU repeat to the bit"""
     total_timesteps: int = 50_000
-    """length of the run, in primitive environment steps like every number of steps below"""
+    """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda or cuda:1, of what is learned; the tiny policy stays on the CPU"""
     run_dir: str = "runs"
@@ -68,9 +69,9 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2 under delta_norm: small keeps variety, large specialises; 0.05 to 1"""
+    """budget of E||Delta||^2: small keeps pi0's variety, large gives it up; try 0.05 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2 as a sum over the d noise coordinates (equation 7) or as their mean"""
+    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
     hidden_size: int = 128
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -78,7 +79,7 @@ class Args:
     batch_size: int = 256
     """queries per gradient step"""
     gamma: float = 0.98
-    """discount per query (DSRL's convention on pi0), not per primitive step; below 1"""
+    """discount per query, none inside it (DSRL's convention); below 1"""
     tau: float = 0.005
     """Polyak step of the target critic, once per gradient step"""
     prior_noises: int = 8
@@ -88,7 +89,7 @@ class Args:
     prior_steps: int = 4_000
     """steps of the unsteered policy before any training"""
     warmup_steps: int = 4_000
-    """further steps in which only the critics learn, so that Delta follows no made-up values"""
+    """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     eval_every: int = 5_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the scene"""
     eval_episodes: int = 10
@@ -107,7 +108,7 @@ def require(condition, message: str) -> None:
 
 
 def parse_args() -> Args:
-    """Flags win over the resumed run, and this over Args; --help shows the outcome."""
+    """Flags > resumed run > Args; parsed twice, as --resume sets defaults."""
     args = tyro.cli(Args, args=[flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     base = Args()
     if args.resume:
@@ -140,6 +141,7 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
             require(find_spec(name), f"{name} is missing: {INSTALL}")
         code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+        logging.disable(logging.WARNING)  # robosuite's, that there is no file of private settings
         with tempfile.TemporaryDirectory() as folder:
             # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
             paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
@@ -186,7 +188,7 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
         return self.scene.sim.render(camera_name=camera, width=size, height=size)[::-1]
 
     def render(self):
-        return self.picture("agentview", 256)
+        return self.picture("agentview", 480)
 
 
 class Query(gym.Wrapper):
@@ -394,17 +396,16 @@ class Agent(nn.Module):
     def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
         return self.decoder(obs, self.steer(obs, noise))
 
-    def descend(self, network, loss) -> None:
-        """A step of this network alone: the others' gradients stay None, and Adam skips those."""
-        self.optimizer.zero_grad()
+    def descend(self, network, loss) -> None:  # a step of this network alone
+        self.optimizer.zero_grad()  # the others' gradients stay None, and Adam skips those
         loss.backward(inputs=list(network.parameters()))
         self.optimizer.step()
 
     def update_action_critic(self, batch: dict) -> dict:
-        """Q^A by TD on the chunks that were executed (lines 8-11)."""
+        """Q^A by TD on the chunks that were executed (Algorithm 1, lines 8-11)."""
         with torch.no_grad():
-            # The next action is the steered policy's, so what is learned is the value of steering.
-            # differs from the paper: line 10 decodes it; Q^W values its noise without a decoder
+            # SAC's target without the entropy bonus, for what the steered policy does next.
+            # differs from the paper: line 10 decodes it; here Q^W values its noise as it is
             w = self.steer(batch["next_obs"], torch.randn_like(batch["noise"][:, 0]))
             next_value = self.q_w_target(self.see(batch["next_obs"]), w).min(0).values  # (B,)
             target = batch["reward"] + self.args.gamma * (1 - batch["terminated"]) * next_value
@@ -414,12 +415,11 @@ class Agent(nn.Module):
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
     def update_latent_critic(self, batch: dict) -> dict:
-        """Q^W from Q^A, at stored noise of the prior (lines 12-15); its target (line 20)."""
+        """Q^W from Q^A at stored noise of the prior (lines 12-15), then its target (line 20)."""
         obs, k = self.see(batch["obs"]), int(torch.randint(self.args.prior_noises, ()))
         with torch.no_grad():
             target = self.q_a(obs, batch["prior_action"][:, k])  # (2, B)
-        q = self.q_w(obs, batch["noise"][:, k])
-        loss = 0.5 * (q - target).square().mean(1).sum()  # each twin copies its own
+        loss = 0.5 * (self.q_w(obs, batch["noise"][:, k]) - target).square().mean(1).sum()
         self.descend(self.q_w, loss)
         with torch.no_grad():
             for slow, fast in zip(self.q_w_target.parameters(), self.q_w.parameters()):
@@ -427,23 +427,24 @@ class Agent(nn.Module):
         return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
 
     def update_perturbation(self, batch: dict) -> dict:
-        """Primal step on theta, dual step on alpha (lines 16-19; equations 8 and 10)."""
-        # Primal: the shift that Q^W likes best at the present price. Needs no pass of the decoder
+        """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
+        # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         args = self.args
         noise = torch.randn_like(batch["noise"][:, 0])
         shift = self.perturbation(batch["obs"])  # (B, d)
         value = self.q_w(self.see(batch["obs"]), noise + shift).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()
+        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
         sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
         loss = self.alpha * (sq_norm - args.delta) - value.mean()
         self.descend(self.shift, loss)
 
-        # Dual: the price rises while the budget is overdrawn. differs from the paper: equation 10
-        # adds a step to alpha, whose right size depends on the rewards; this multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1
+        # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
+        # a step whose right size depends on the scale of rewards; this one multiplies alpha
+        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
         self.alpha.mul_((0.01 * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
-        info |= {"trust_region/alpha": self.alpha.clone(), "trust_region/kl": 0.5 * sum_norm}
+        info["trust_region/alpha"] = self.alpha.clone()
+        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I))
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
 
@@ -471,7 +472,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # training's have two entries: no start in common
+    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
     dim = envs.envs[0].decoder.dim
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
@@ -506,8 +507,7 @@ if __name__ == "__main__":
     # Policy, environment, networks. One scene, as it is large, serves training and evaluation
     file = read_policy(args)
     first_step = args.prior_steps + args.warmup_steps  # of steering
-    longer = args.total_timesteps > first_step
-    require(longer, f"--total-timesteps {args.total_timesteps}: must be above {first_step}")
+    require(args.total_timesteps > first_step, f"--total-timesteps: must be above {first_step}")
     mode = gym.vector.AutoresetMode.SAME_STEP
     envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id, file)], autoreset_mode=mode)
     decoder = envs.envs[0].decoder
@@ -537,7 +537,7 @@ if __name__ == "__main__":
     print(f"{run}: steers {args.policy}, d = {decoder.dim}, from step {first_step} on", flush=True)
     global_step = int(rows[-1]["global_step"])
     started = time.time() - rows[-1]["wall_seconds"]
-    while True:
+    while True:  # one round: save, evaluate, then steer and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
         require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
@@ -564,7 +564,7 @@ if __name__ == "__main__":
         if global_step >= args.total_timesteps:
             break
 
-        # (3) Cut the episodes, as by a time limit, and seed afresh: a resume needs no other state
+        # (3) Truncate all episodes and seed afresh, so that a resume needs no simulator state
         words = np.random.SeedSequence([args.seed, global_step]).generate_state(2)
         torch.manual_seed(int(words[0]))
         obs, _ = envs.reset(seed=words[1:].tolist(), options={"training": True})
@@ -585,7 +585,7 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))
+            global_step += sum(envs.get_attr("steps"))  # by Query; < execute at an end
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             seen, then = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))

@@ -44,8 +44,8 @@ class Args:
     """of weights and batches"""
 
 
-def tiny_pi0() -> pi0.PI0Policy:
-    """The real PI0Policy, its vision tower, language model and action expert in miniature."""
+def miniature():
+    """Meanwhile lerobot builds a small vision tower, language model and action expert."""
     vision = dict(model_type="siglip_vision_model", hidden_size=WIDTH, num_hidden_layers=2)
     vision |= dict(num_attention_heads=4, patch_size=16, image_size=IMAGE, projection_dim=WIDTH)
     vision |= dict(intermediate_size=4 * WIDTH, vision_use_head=False)
@@ -66,6 +66,12 @@ def tiny_pi0() -> pi0.PI0Policy:
     def sizes(variant):  # width, depth, width of the MLP, heads, heads of keys, their width
         return pi0.GemmaConfig(WIDTH, 3, 4 * WIDTH, 8, 1, 16)
 
+    names = "CONFIG_MAPPING", "PaliGemmaForConditionalGenerationWithPiGemma", "get_gemma_config"
+    return patch.multiple(pi0, **dict(zip(names, (configs, TinyPaliGemma, sizes))))
+
+
+def tiny_pi0() -> pi0.PI0Policy:
+    """The real PI0Policy, of 0.6 M weights."""
     inputs = {name: PolicyFeature(FeatureType.VISUAL, (3, IMAGE, IMAGE)) for name in CAMERAS}
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (8,))
     config = PI0Config(
@@ -78,8 +84,7 @@ def tiny_pi0() -> pi0.PI0Policy:
         input_features=inputs,
         output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
     )
-    names = "CONFIG_MAPPING", "PaliGemmaForConditionalGenerationWithPiGemma", "get_gemma_config"
-    with patch.multiple(pi0, **dict(zip(names, (configs, TinyPaliGemma, sizes)))):
+    with miniature():
         policy = pi0.PI0Policy(config)
     for model in policy.model.paligemma_with_expert.children():
         getattr(model, "language_model", model.model).config._attn_implementation = "eager"
