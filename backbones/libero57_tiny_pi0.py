@@ -222,7 +222,8 @@ def pack(policy, stats: dict) -> dict:
         }
     sizes = dict(image=IMAGE, chunk=CHUNK, execute=EXECUTE, steps=10, time_limit=240)
     sizes |= dict(features=features.shape[1], cache=cache.shape[1])
-    card = {"source": "scripted demonstrations by backbones/libero57_demonstrator.py (own work)"}
+    source = "60 scripted demonstrations by backbones/libero57_demonstrator.py (own work, MIT)"
+    card = {"source": source, "env_id": "libero_90-57"}
     actions = {key: stats[key] for key in ("action_mean", "action_std")}
     return {"env_id": "libero_90-57", **sizes, **actions, **programs, "card": card}
 
