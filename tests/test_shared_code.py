@@ -44,6 +44,7 @@ DIFFERS = {
         "Args": FLAGS,
         "parse_args": "one task's defaults",
         "make_env": "a scene with cameras",
+        "Decoder": "one of two VLAs",
         "Agent.__init__": "normalises what it sees; one Delta for all rows; the target is of Q^W",
         "Agent.steer": "no bound",
         "Agent.update_action_critic": "TD by Q^W, no decoder",
