@@ -113,7 +113,8 @@ def parse_args() -> Args:
     base = Args()
     if args.resume:
         run = Path(args.resume)
-        require((run / "checkpoint.pt").is_file(), f"--resume {run}: has no checkpoint.pt")
+        files = ("args.json", "backbone.pt", "checkpoint.pt")
+        require(all((run / x).is_file() for x in files), f"--resume {run}: lacks one of {files}")
         stored = json.loads((run / "args.json").read_text())
         require(stored.keys() == asdict(args).keys(), f"--resume {run}: is of another script")
         base = Args(**stored)
@@ -429,18 +430,17 @@ class Agent(nn.Module):
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
         # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
-        args = self.args
         noise = torch.randn_like(batch["noise"][:, 0])
         shift = self.perturbation(batch["obs"])  # (B, d)
         value = self.q_w(self.see(batch["obs"]), noise + shift).min(0).values  # (B,)
         sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
-        sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
-        loss = self.alpha * (sq_norm - args.delta) - value.mean()
+        sq_norm = sum_norm if self.args.delta_norm == "sum" else sum_norm / shift.shape[1]
+        loss = self.alpha * (sq_norm - self.args.delta) - value.mean()
         self.descend(self.shift, loss)
 
         # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
         # a step whose right size depends on the scale of rewards; this one multiplies alpha
-        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
+        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
         self.alpha.mul_((0.01 * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()

@@ -23,13 +23,7 @@ from matplotlib.figure import Figure
 from tyro.conf import Positional
 
 HERE = Path(__file__).resolve().parent
-FREE = (
-    "seed",
-    "device",
-    "track",
-    "exp_name",
-    "total_timesteps",
-)  # settings that seeds may not share
+FREE = ("seed", "device", "track", "exp_name", "total_timesteps")  # what seeds may not share
 SHOWN = [("return", 1, ".0f"), ("success", 1, ".3f"), ("return", 0, ".0f"), ("success", 0, ".3f")]
 SCORED = [f"{what}, tau {tau}" for what, tau, _ in SHOWN]  # in tables; figures have every tau
 
@@ -130,6 +124,11 @@ def judge(runs: list) -> None:
             print(f"{r['run'].spec}/{r['label']}: not averaged, it {r['left_out']}")
 
 
+def frozen_name(r: dict) -> str:  # its decoder, and how that is sampled if not as its file says
+    ddpm = Path(r["run"].script).name.startswith("dppo_")
+    return f"frozen {Path(r['args']['backbone']).stem}" + ", DDPM" * ddpm
+
+
 def load(name: str, results: Path) -> tuple:
     """(spec, its runs as far as there are results), included ones first, on its environments."""
     planned = bench.load_spec(name, Path())
@@ -150,8 +149,8 @@ def load(name: str, results: Path) -> tuple:
         except Exception as error:  # damaged files fail in many ways, and hide no other run
             print(f"{run.spec}/{run.label}: not read ({type(error).__name__}: {error})")
     for here in group(runs, "env_id").values():
-        for r in here if len({r["args"]["backbone"] for r in here}) > 1 else ():
-            r["frozen"] = f"frozen {Path(r['args']['backbone']).stem}"
+        for r in here if len({frozen_name(r) for r in here}) > 1 else ():
+            r["frozen"] = frozen_name(r)
     judge(runs)
     return spec, runs
 

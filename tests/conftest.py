@@ -107,6 +107,29 @@ def tiny_backbone(tmp_path_factory):
     return write
 
 
+@pytest.fixture(scope="session")
+def bandit(tmp_path_factory):
+    """A diffusion of two modes, at -0.6 and 0.6 of the first of two actions: path of its file."""
+    pb = load("pretrain_backbone.py")
+    torch.manual_seed(0)
+    file = decoder_file(1, 2, chunk=1, width=32)
+    del file["model"], file["time_emb"]
+    network = pb.Backbone(file)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(1_500):
+        action = 0.1 * torch.randn(256, 2)
+        action[:, 0] += 0.6 * (2 * torch.randint(2, (256,)) - 1)
+        loss = network.loss(2 * torch.rand(256, 1) - 1, action)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    file |= network.sample_by("ddim", 5)
+    file["model"] = {k: w for k, w in network.state_dict().items() if "time_network" not in k}
+    path = tmp_path_factory.mktemp("bandit") / "bandit.pt"
+    torch.save(file, path)
+    return path
+
+
 # --- runs ---
 
 forks = multiprocessing.get_context("forkserver")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import plot  # noqa: E402
 
 TAUS = (1, 0.5, 0)
+DPPO = "baselines/dppo_continuous.py"
 ENTROPY = {1: -3.0, 0.5: -8.0, 0: -80.0}  # of the frozen policy
 
 
@@ -259,6 +260,17 @@ def test_included_runs_stand_in_front_on_the_environments_of_the_spec(bench):
     compared, runs = bench.tables("more")
     assert [row[1] for row in compared[1:]] == ["frozen hopper", "frozen flow", "LP-DS", "flow"]
     assert [row[:2] for row in runs[1:]] == [["Hopper-v4", "LP-DS"], ["Hopper-v4", "flow"]]
+
+
+def test_a_decoder_that_another_method_samples_is_another_frozen_policy(bench, no_figures):
+    bench.spec("main", arms=["LP-DS"], seeds=[1])
+    bench.spec("ddim", arms=["IDQL"], seeds=[1], script=DPPO.replace("dppo", "idql"))
+    bench.spec("more", arms=["DPPO"], seeds=[1], script=DPPO, include=["main", "ddim"])
+    for spec, arm in (("main", "LP-DS"), ("ddim", "IDQL"), ("more", "DPPO")):
+        bench.run(spec, arm, 1, 100)
+    bench.plot("more")
+    names = [row[1] for row in bench.tables("more")[0][1:]]
+    assert names == ["frozen hopper", "frozen hopper, DDPM", "LP-DS", "IDQL", "DPPO"]
 
 
 def test_damaged_runs_are_named_in_one_line_each_and_hide_no_other(bench, no_figures, capsys):

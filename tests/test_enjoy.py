@@ -200,9 +200,12 @@ SCRIPTS = {
     "lpds_adroit_flow.py": "AdroitHandPen-v1",
     "lpds_toy.py": "MultiGoal-v0",
     "baselines/dsrl_continuous.py": "Hopper-v4",
+    "baselines/dppo_continuous.py": "Hopper-v4",
     "baselines/dsrl_adroit_flow.py": "AdroitHandPen-v1",
     "baselines/dsrl_toy.py": "MultiGoal-v0",
     "baselines/lpds_action_continuous.py": "Hopper-v4",
+    "baselines/dql_continuous.py": "Hopper-v4",
+    "baselines/idql_continuous.py": "Hopper-v4",
 }
 
 

@@ -232,6 +232,6 @@ def test_every_script_explains_itself_and_refuses_in_one_sentence(script, tmp_pa
     load(script)  # skips what is not installed
     code, out, err = call(tmp_path, script, "--help")
     assert code == 0 and not err and f"python {script} " in out and "--resume" in out
-    refused(call(tmp_path, script, "--tau", -1), "--tau -1.0", "above 0")
+    refused(call(tmp_path, script, "--gamma", -1), "--gamma -1.0", "above 0")
     refused(call(tmp_path, script, "--env-id", "Ant-v5"), "--env-id Ant-v5", "--backbone")
     refused(call(tmp_path, script, "--resume", "nowhere"), "--resume nowhere", "checkpoint.pt")

@@ -158,7 +158,9 @@ def test_defaults_of_environments_are_flags_with_values_of_their_type(path):
 # --- what pages say about them ---
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *SCRIPTS]
-COMMAND = re.compile(r"python ((?:baselines/)?(?:lpds|dsrl)_\w+\.py)((?:\\\n|[^\n`|#])*)")
+COMMAND = re.compile(
+    r"python ((?:baselines/)?(?:lpds|dsrl|dppo|idql|dql)_\w+\.py)((?:\\\n|[^\n`|#])*)"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -173,7 +175,7 @@ def test_commands_of_a_page_parse(page, monkeypatch):
 def departures(paths):
     """The first two words of all `differs from X: ...`."""
     text = " ".join(" ".join(path.read_text().replace("`", "").split()) for path in paths)
-    return set(re.findall(r"differs from (?:DSRL|the paper): (?:# )?(\S+ \w+)", text))
+    return set(re.findall(r"differs from (?:DSRL|DPPO|the paper): (?:# )?(\S+ \w+)", text))
 
 
 def test_departures_from_others_are_marked_where_they_are_and_listed_in_a_page():

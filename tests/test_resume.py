@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Process, assert_same_run, call, finish, metrics, only_run, refused
+from conftest import ROOT, Process, assert_same_run, call, finish, load, metrics, only_run, refused
 
 TINY = (
     "--hidden-size 16 --batch-size 32 --utd 2 --num-envs 2 --eval-episodes 2 --prior-steps 200 "
     "--warmup-steps 100 --eval-every 300 --total-timesteps 1200"
 ).split()
 OFTEN = "--log-every 100 --distill-steps 2".split()
+ROLLOUTS = "--log-every 300 --rollout-steps 150".split()
 
 # script, environment, its tiny decoder, further flags
 RUNS = [
@@ -27,9 +28,19 @@ RUNS = [
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
+    ("baselines/dppo_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), ROLLOUTS),
+    ("baselines/dql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
+    ("baselines/idql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
     ("baselines/dsrl_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("baselines/dsrl_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
 ]
+
+
+def known(script: str, flags: list) -> list:
+    """Those of flags with values that a script has."""
+    fields = load(script).Args.__dataclass_fields__
+    pairs = zip(flags[::2], flags[1::2])
+    return [x for pair in pairs if pair[0][2:].replace("-", "_") in fields for x in pair]
 
 
 @pytest.fixture
@@ -80,8 +91,8 @@ def way_back(error: str) -> list:
 def test_killed_and_resumed_equals_undisturbed(
     script, env_id, decoder, more, tiny_backbone, tmp_path, moments
 ):
-    flags = ["--env-id", env_id, "--backbone", tiny_backbone(*decoder), *TINY, *more]
-    kill_and_resume(script, flags, tmp_path, moments)
+    flags = ["--env-id", env_id, "--backbone", tiny_backbone(*decoder)]
+    kill_and_resume(script, [*flags, *known(script, TINY), *more], tmp_path, moments)
 
 
 def kill_and_resume(script, flags, tmp_path, moments):
