@@ -126,7 +126,8 @@ def parse_args() -> Args:
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
         run = Path(args.resume)
-        require((run / "checkpoint.pt").is_file(), f"--resume {run}: has no checkpoint.pt")
+        files = ("args.json", "backbone.pt", "checkpoint.pt")
+        require(all((run / x).is_file() for x in files), f"--resume {run}: lacks one of {files}")
         stored = json.loads((run / "args.json").read_text())
         require(stored.keys() == asdict(args).keys(), f"--resume {run}: is of another script")
         base = Args(**stored)
@@ -297,23 +298,22 @@ class Agent(nn.Module):
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
         # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
-        args = self.args
         noise = torch.randn_like(batch["action"])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        w = (noise + shift).clamp(-args.noise_bound, args.noise_bound)  # as steer() does
+        w = (noise + shift).clamp(-self.args.noise_bound, self.args.noise_bound)  # as steer() does
         value = self.q_w(batch["obs"], w).min(0).values  # (B,)
         sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
-        sq_norm = sum_norm if args.delta_norm == "sum" else sum_norm / shift.shape[1]
-        loss = self.alpha * (sq_norm - args.delta) - value.mean()
+        sq_norm = sum_norm if self.args.delta_norm == "sum" else sum_norm / shift.shape[1]
+        loss = self.alpha * (sq_norm - self.args.delta) - value.mean()
         self.descend(self.perturbation, loss)
 
         # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
         # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
-        violation = sq_norm.detach() / args.delta - 1  # relative, at least -1
-        if args.lagrangian and args.dual == "log":
-            self.alpha.mul_((args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
-        elif args.lagrangian:
-            self.alpha.add_(args.alpha_lr * args.delta * violation).clamp_(min=0)
+        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
+        if self.args.lagrangian and self.args.dual == "log":
+            self.alpha.mul_((self.args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
+        elif self.args.lagrangian:
+            self.alpha.add_(self.args.alpha_lr * self.args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info["trust_region/alpha"] = self.alpha.clone()
         info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I)), ignoring noise_bound

@@ -153,7 +153,7 @@ def read_flat(path: str, arrays, limit: float, only: str) -> list:
     stops = np.union1d(np.flatnonzero(ends) + 1, n)  # after the last step of each episode
     if "lengths" in arrays:
         flagged, stops = stops, np.cumsum(arrays["lengths"])
-        require(n in stops, f"--data {path}: lengths add up to {stops[-1:]}, not to {n}")
+        require([*stops[-1:]] == [n], f"--data {path}: lengths add up to {stops[-1:]}, not {n}")
         inside = np.setdiff1d(flagged, stops)
         require(not inside.size, f"--data {path}: lengths go on beyond flagged ends {inside[:3]}")
     else:

@@ -35,7 +35,7 @@ def dppo_normalization(path: str, obs_dim: int, d: int) -> dict:
     keys = ("obs_min", "obs_max", "action_min", "action_max")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            stats = {key: torch.as_tensor(arrays[key]) for key in keys}
+            stats = {key: torch.as_tensor(arrays[key]).flatten() for key in keys}
     except Exception as error:
         require(False, f"normalization {path}: give the .npz of the checkpoint ({error})")
     sizes = [stats[key].numel() for key in keys]

@@ -124,7 +124,8 @@ def parse_args() -> Args:
     base = Args(env_id=args.env_id, **DEFAULTS.get(args.env_id.split("-v")[0], {}))
     if args.resume:
         run = Path(args.resume)
-        require((run / "checkpoint.pt").is_file(), f"--resume {run}: has no checkpoint.pt")
+        files = ("args.json", "backbone.pt", "checkpoint.pt")
+        require(all((run / x).is_file() for x in files), f"--resume {run}: lacks one of {files}")
         stored = json.loads((run / "args.json").read_text())
         require(stored.keys() == asdict(args).keys(), f"--resume {run}: is of another script")
         base = Args(**stored)

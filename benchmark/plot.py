@@ -24,7 +24,6 @@ from tyro.conf import Positional
 
 HERE = Path(__file__).resolve().parent
 FREE = ("seed", "device", "track", "exp_name", "total_timesteps")  # what seeds may not share
-DDPM = ("dppo_", "idql_", "dql_")  # scripts that sample the decoder by it, when frozen as well
 SHOWN = [("return", 1, ".0f"), ("success", 1, ".3f"), ("return", 0, ".0f"), ("success", 0, ".3f")]
 SCORED = [f"{what}, tau {tau}" for what, tau, _ in SHOWN]  # in tables; figures have every tau
 
@@ -126,7 +125,7 @@ def judge(runs: list) -> None:
 
 
 def frozen_name(r: dict) -> str:  # its decoder, and how that is sampled if not as its file says
-    ddpm = Path(r["run"].script).name.startswith(DDPM)
+    ddpm = Path(r["run"].script).name.startswith("dppo_")
     return f"frozen {Path(r['args']['backbone']).stem}" + ", DDPM" * ddpm
 
 

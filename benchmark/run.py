@@ -73,7 +73,7 @@ class Run:
     flags: str
     total: int  # steps after which it is finished
     paths: bool  # keep the paths that its evaluations drew, where the script writes some
-    home: Path  # RUNS/SPEC/LABEL: log.txt, starts.jsonl, final.json, and the script's run folder
+    home: Path  # RUNS/SPEC/LABEL: log.txt, starts.jsonl and the script's run folder
     script: str
     resources: dict
     final_episodes: int
@@ -109,6 +109,8 @@ def arm_runs(arm: str, own: dict, spec: dict, runs: Path) -> list:
     settings["resources"] = ARM["resources"] | settings["resources"]
     same = {key: settings[key] for key in Run.__dataclass_fields__ if key in ARM and key != "flags"}
     envs = envs if isinstance(envs, dict) else dict.fromkeys(envs, "")
+    lists = all(isinstance(values, list) for values in grid.values())
+    require(lists, f"{place}: grid must hold lists like delta: [0.1, 1], not {grid}")
 
     found = []
     for values, env_id, seed in itertools.product(itertools.product(*grid.values()), envs, seeds):
@@ -162,7 +164,7 @@ def is_trained(run: Run) -> bool:
 def final(run: Run):
     """The final evaluation, if it is the one that the spec wants of the last checkpoint."""
     try:
-        result = json.loads((run.home / "final.json").read_text())
+        result = json.loads(Path(newest(run.home) or run.home, "final.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
     wanted = [run.final_episodes, run.temperatures, returns_of(run)[0][-1:].tolist()]
@@ -183,12 +185,13 @@ def plan(run: Run):
     folder = newest(run.home)
     if not is_trained(run):
         where = ["--resume", str(folder)] if folder else ["--run-dir", str(run.home)]
-        flags = ["--env-id", run.env_id, "--seed", str(run.seed), *shlex.split(run.flags)]
+        named = [] if "--task-id" in run.flags else ["--env-id", run.env_id]  # LIBERO's are numbers
+        flags = [*shlex.split(run.flags), *named, "--seed", str(run.seed)]
         return [sys.executable, run.script, *flags, *where]
     if run.final_episodes and not final(run):
         temperatures = [f"{temperature:g}" for temperature in run.temperatures]
         flags = ["--episodes", str(run.final_episodes), "--temperature", *temperatures]
-        return [sys.executable, "enjoy.py", str(folder), *flags, "--json", f"{run.home}/final.json"]
+        return [sys.executable, "enjoy.py", str(folder), *flags, "--json", f"{folder}/final.json"]
     return None
 
 

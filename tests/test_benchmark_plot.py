@@ -264,12 +264,13 @@ def test_included_runs_stand_in_front_on_the_environments_of_the_spec(bench):
 
 def test_a_decoder_that_another_method_samples_is_another_frozen_policy(bench, no_figures):
     bench.spec("main", arms=["LP-DS"], seeds=[1])
-    bench.spec("more", arms=["DPPO"], seeds=[1], script=DPPO, include=["main"])
-    bench.run("main", "LP-DS", 1, 100)
-    bench.run("more", "DPPO", 1, 100)
+    bench.spec("ddim", arms=["IDQL"], seeds=[1], script=DPPO.replace("dppo", "idql"))
+    bench.spec("more", arms=["DPPO"], seeds=[1], script=DPPO, include=["main", "ddim"])
+    for spec, arm in (("main", "LP-DS"), ("ddim", "IDQL"), ("more", "DPPO")):
+        bench.run(spec, arm, 1, 100)
     bench.plot("more")
     names = [row[1] for row in bench.tables("more")[0][1:]]
-    assert names == ["frozen hopper", "frozen hopper, DDPM", "LP-DS", "DPPO"]
+    assert names == ["frozen hopper", "frozen hopper, DDPM", "LP-DS", "IDQL", "DPPO"]
 
 
 def test_damaged_runs_are_named_in_one_line_each_and_hide_no_other(bench, no_figures, capsys):

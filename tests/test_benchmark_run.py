@@ -4,6 +4,7 @@ results are what benchmark/plot.py reads. Training is played by a small fake scr
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -76,7 +77,8 @@ def starts(run) -> list:
 
 def write_final(run, **changes):
     """What enjoy.py --json writes after the last step."""
-    run.home.mkdir(parents=True, exist_ok=True)
+    folder = run.home / "Hopper-v4__fake__1"
+    folder.mkdir(parents=True, exist_ok=True)
     final = {"env_id": run.env_id, "script": "fake.py", "global_step": 100, "seed": 1}
     final |= {"episodes": run.final_episodes, "temperatures": [float(t) for t in run.temperatures]}
     for who, score in (("frozen", 10.0), ("steered", 20.0)):
@@ -84,7 +86,7 @@ def write_final(run, **changes):
         for tau in run.temperatures:
             episodes = {key: [score + tau] * 3 for key in ("return", "length", "success")}
             final[who][f"{tau:g}"] = episodes | {"entropy": score, "ties": 0.0}
-    (run.home / "final.json").write_text(json.dumps(final | changes))
+    (folder / "final.json").write_text(json.dumps(final | changes))
 
 
 SPECS = sorted(str(p.relative_to(bench.SPECS).with_suffix("")) for p in bench.SPECS.rglob("*.yaml"))
@@ -101,7 +103,8 @@ def test_commands_of_a_committed_spec_are_parsed_by_their_scripts(tmp_path, monk
         assert (args.env_id, args.seed, args.run_dir) == (run.env_id, run.seed, str(run.home))
         total = TOTALS.get(run.spec, TOTALS.get(run.spec.split("/")[0], run.total))
         assert args.total_timesteps == run.total == total
-        file = torch.load(ROOT / "backbones" / args.backbone, weights_only=True)
+        backbone = getattr(args, "backbone", "libero57-tiny-pi0.pt")
+        file = torch.load(ROOT / "backbones" / backbone, weights_only=True)
         assert file["card"]["env_id"].split(":")[-1].startswith(run.env_id)
         assert "flow" not in run.arm or file["kind"] == "flow"
         for flag, value in (part.split("=") for part in run.arm.split() if "=" in part):
@@ -126,6 +129,7 @@ MISTAKES = {
     "seeds must be like [1], not 3": {"seeds": 3},
     "need --total-timesteps and a whole number": {"flags": "--total-timesteps 1e5"},
     "Hopper-v4__a-b__1 is there twice": {"arms": {"a b": {}, "a-b": {}}},
+    "grid must hold lists like delta: [0.1, 1], not": {"grid": {"delta": "0.1"}},
     "nowhere: no such spec; give one of adroit/ablation,": {"include": ["nowhere"]},
 }
 
@@ -141,7 +145,7 @@ def test_mistakes_in_a_spec_are_told_in_one_sentence(tmp_path, spec, capsys, mes
 def test_what_a_run_needs_next_and_1_000_steps_are_a_thousand(tmp_path, spec):
     flags = "--total-timesteps 1_000 --k v"
     (run,) = bench.load_spec(spec(flags=flags, final_episodes=3, temperatures=[1, 0.5]), tmp_path)
-    train = f"{run.script} --env-id Hopper-v4 --seed 1 {flags}"
+    train = f"{run.script} {flags} --env-id Hopper-v4 --seed 1"
     folder = run.home / "Hopper-v4__fake__1"
     folder.mkdir(parents=True)  # of a start that has died before its first checkpoint
     assert bench.plan(run)[1:] == f"{train} --run-dir {run.home}".split()
@@ -149,13 +153,16 @@ def test_what_a_run_needs_next_and_1_000_steps_are_a_thousand(tmp_path, spec):
     np.savez(folder / "eval.npz", **{"global_step": [0, 1], "return": np.ones((2, 3))})
     assert bench.plan(run)[1:] == f"{train} --resume {folder}".split()
     np.savez(folder / "eval.npz", **{"global_step": [0, 1_000], "return": np.ones((2, 3))})
-    evaluate = f"enjoy.py {folder} --episodes 3 --temperature 1 0.5 --json {run.home}/final.json"
+    evaluate = f"enjoy.py {folder} --episodes 3 --temperature 1 0.5 --json {folder}/final.json"
     assert bench.plan(run)[1:] == evaluate.split()
     for wrong in ({"episodes": 2}, {"temperatures": [1.0]}, {"global_step": 50}):
         write_final(run, **{"global_step": 1_000} | wrong)
         assert bench.plan(run)[1:] == evaluate.split()
     write_final(run, global_step=1_000)
     assert bench.plan(run) is None
+    again = shutil.copytree(folder, run.home / "Hopper-v4__fake__2")  # trained anew by hand
+    (again / "final.json").unlink()
+    assert bench.plan(run)[2] == str(again)
 
 
 def test_a_killed_run_goes_on_and_no_other_is_tried_again(tmp_path, spec, monkeypatch):

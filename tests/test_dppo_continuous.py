@@ -295,8 +295,13 @@ def test_an_iteration_reaches_the_copy_and_only_its_last_steps(monkeypatch):
             for key, i in (("x", k - 17), ("x_next", k - 16)):
                 found = rows[key][rows["k"] == k].sort(0).values
                 assert torch.equal(found, chain[:, i].sort(0).values)
-    pair = (seen[0]["x"][0] == chain[:, seen[0]["k"][0] - 17]).all(1).nonzero().item()
-    assert torch.equal(seen[0]["x_next"][0], chain[pair, seen[0]["k"][0] - 16])
+    reward = rollout[0][2]
+    for i in range(50):  # and each with the reward of its own chunk, here the target of V
+        k, x = seen[0]["k"][i], seen[0]["x"][i]
+        chunk = (x == chain[:, k - 17]).all(1).nonzero().item()
+        assert torch.equal(seen[0]["x_next"][i], chain[chunk, k - 16])
+        expected = (reward[chunk] / reward.std(correction=0)).item()
+        assert seen[0]["target"][i].item() == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ MODEL = "lpds_continuous.py"
 # changed in the model is the first's, all the rest is the second's
 FORKS = {
     "lpds_adroit_flow.py": [MODEL],
+    "lpds_robomimic.py": [MODEL],
     "lpds_toy.py": [MODEL],
+    "lpds_libero_pi0.py": [MODEL],
     "pretrain_backbone.py": [MODEL],
     "baselines/dsrl_continuous.py": [MODEL],
     "baselines/lpds_action_continuous.py": [MODEL],
@@ -22,6 +24,7 @@ FORKS = {
     "baselines/dql_continuous.py": ["baselines/lpds_action_continuous.py"],
     "baselines/idql_continuous.py": ["baselines/dql_continuous.py"],
     "baselines/dsrl_adroit_flow.py": ["baselines/dsrl_continuous.py", "lpds_adroit_flow.py"],
+    "baselines/dsrl_robomimic.py": ["baselines/dsrl_continuous.py", "lpds_robomimic.py"],
     "baselines/dsrl_toy.py": ["baselines/dsrl_continuous.py", "lpds_toy.py"],
 }
 
@@ -36,10 +39,33 @@ DIFFERS = {
         "Decoder.forward": "by Euler's or Heun's method",
         "evaluate": "success is what the task says",
     },
+    "lpds_robomimic.py": {
+        "Args": FLAGS,
+        "Decoder": "with a network for observations",
+        "Decoder.__init__": "with a network for observations",
+        "Decoder.forward": "with a network for observations",
+        "evaluate": "one episode after the other, to save simulation; success is the task's",
+    },
     "lpds_toy.py": {
         "Args": FLAGS,
         "probe": "of the budget; there is no entropy to estimate",
         "evaluate": "keeps modes and paths",
+        "log": "has no tracker",
+    },
+    "lpds_libero_pi0.py": {
+        "Args": FLAGS,
+        "parse_args": "one task's defaults",
+        "make_env": "a scene with cameras",
+        "Decoder": "one of two VLAs",
+        "Agent.__init__": "normalises what it sees; one Delta for all rows; the target is of Q^W",
+        "Agent.steer": "no bound",
+        "Agent.update_action_critic": "TD by Q^W, no decoder",
+        "Agent.update_latent_critic": "stored pairs in place of the decoder",
+        "Agent.update_perturbation": "noise is no action here; no ablations",
+        "Replay": "queries",
+        "Replay.__init__": "with pairs of noise and action",
+        "Replay.add": "other columns",
+        "evaluate": "noise is no action here; success is the task's",
         "log": "has no tracker",
     },
     "pretrain_backbone.py": {"Args": FLAGS},
@@ -85,6 +111,7 @@ DIFFERS = {
         "Agent.update_actor": "by behaviour cloning alone",
     },
     "baselines/dsrl_adroit_flow.py": {"Args": FLAGS},
+    "baselines/dsrl_robomimic.py": {"Args": FLAGS},
     "baselines/dsrl_toy.py": {"Args": FLAGS},
 }
 
