@@ -42,7 +42,6 @@ import tyro
 
 from entropy import knn_entropy
 
-AT_ONCE = 20  # episodes played side by side; fixed, so that 200 episodes begin with the same 20
 PANELS = {  # of --curves: title -> columns of metrics.csv
     "return": ("charts/episodic_return", "eval/episodic_return", "eval/frozen_return"),
     "success": ("eval/success", "eval/frozen_success"),
@@ -137,7 +136,7 @@ def make_envs(make, n: int, filmed: int = 0):
 
 
 def play(script, policy, tau: float, envs, args: Args) -> tuple:
-    """The script's own evaluation, AT_ONCE episodes at a time; also the states it visited."""
+    """The script's own evaluation, an episode in each environment at a time; also its states."""
     seen = []
 
     def tempered(obs, noise):
@@ -145,7 +144,7 @@ def play(script, policy, tau: float, envs, args: Args) -> tuple:
         return policy(obs, tau * noise)
 
     # Spread over 32 bits: --seed 1 and 2 share no episode, nor does the run's evaluation, seed 0
-    groups = math.ceil(args.episodes / AT_ONCE)
+    groups = math.ceil(args.episodes / envs.num_envs)
     seeds = np.random.SeedSequence(args.seed).generate_state(groups).tolist()
     parts = [script.evaluate(tempered, envs, args.device, seed) for seed in seeds]
     result = {key: [x for part in parts for x in part[key]] for key in parts[0]}
@@ -366,8 +365,9 @@ if __name__ == "__main__":
     if args.curves:
         draw_curves(run, run_args, args.curves)
     if args.episodes > 0:
-        filmed = min(args.video_episodes, args.episodes, AT_ONCE) if args.video else 0
-        envs = make_envs(make, min(args.episodes, AT_ONCE), filmed)
+        n = min(args.episodes, getattr(script, "AT_ONCE", 20))  # fixed: 200 begin with the same 20
+        filmed = min(args.video_episodes, n) if args.video else 0
+        envs = make_envs(make, n, filmed)
         cameras = [Camera(env) for env in envs.envs[:filmed]]
         numbers = evaluate_all(args, script, envs, cameras, agent, run_args)
         envs.close()

@@ -31,8 +31,12 @@ COLUMNS = (
 
 def row(path: Path, file: dict) -> str:
     """A row of the table; what a card does not say stays empty."""
-    card, steps = file["card"], len(file["time_emb"]) - (file["solver"] == "heun")
-    decoder = f"{file['kind']}, width {file['width']}, {steps} steps, chunk {file['chunk']}"
+    card = file["card"]
+    if "trunk" in file:
+        decoder = f"pi0 in miniature, {file['steps']} steps, chunk {file['chunk']}"
+    else:
+        steps = len(file["time_emb"]) - (file["solver"] == "heun")
+        decoder = f"{file['kind']}, width {file['width']}, {steps} steps, chunk {file['chunk']}"
     score = ""
     if "frozen_return" in card:
         score = f"{card['frozen_return']:.0f} ± {card['frozen_return_std']:.0f}"

@@ -185,7 +185,8 @@ def plan(run: Run):
     folder = newest(run.home)
     if not is_trained(run):
         where = ["--resume", str(folder)] if folder else ["--run-dir", str(run.home)]
-        flags = [*shlex.split(run.flags), "--env-id", run.env_id, "--seed", str(run.seed)]
+        named = [] if "--task-id" in run.flags else ["--env-id", run.env_id]  # LIBERO's are numbers
+        flags = [*shlex.split(run.flags), *named, "--seed", str(run.seed)]
         return [sys.executable, run.script, *flags, *where]
     if run.final_episodes and not final(run):
         temperatures = [f"{temperature:g}" for temperature in run.temperatures]

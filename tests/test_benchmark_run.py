@@ -103,7 +103,8 @@ def test_commands_of_a_committed_spec_are_parsed_by_their_scripts(tmp_path, monk
         assert (args.env_id, args.seed, args.run_dir) == (run.env_id, run.seed, str(run.home))
         total = TOTALS.get(run.spec, TOTALS.get(run.spec.split("/")[0], run.total))
         assert args.total_timesteps == run.total == total
-        file = torch.load(ROOT / "backbones" / args.backbone, weights_only=True)
+        backbone = getattr(args, "backbone", "libero57-tiny-pi0.pt")
+        file = torch.load(ROOT / "backbones" / backbone, weights_only=True)
         assert file["card"]["env_id"].split(":")[-1].startswith(run.env_id)
         assert "flow" not in run.arm or file["kind"] == "flow"
         for flag, value in (part.split("=") for part in run.arm.split() if "=" in part):

@@ -104,7 +104,10 @@ def test_killed_and_resumed_equals_undisturbed(
     script, env_id, decoder, more, tiny_backbone, tmp_path, moments
 ):
     flags = ["--env-id", env_id, "--backbone", tiny_backbone(*decoder)]
-    flags += [*known(script, TINY), *more]
+    kill_and_resume(script, [*flags, *known(script, TINY), *more], tmp_path, moments)
+
+
+def kill_and_resume(script, flags, tmp_path, moments):
     ready = partial(prepare, script)
     started = time.time()
     whole = finish(tmp_path / "whole", script, *flags, before=ready)
@@ -146,8 +149,9 @@ def test_a_longer_budget_continues_as_if_it_had_been_there_from_the_start(tiny_b
 
 def test_every_script_is_killed_here():
     scripts = {*ROOT.glob("lpds_*.py"), *ROOT.glob("baselines/*.py")}
-    scripts.discard(ROOT / "baselines/dsrl_robomimic.py")  # slow; test_lpds_robomimic.py resumes it
-    assert {ROOT / script for script, *_ in RUNS} == scripts
+    elsewhere = {ROOT / "lpds_libero_pi0.py"}  # in its own test, as it needs LIBERO
+    elsewhere |= {ROOT / "baselines/dsrl_robomimic.py"}  # slow; test_lpds_robomimic.py resumes it
+    assert {ROOT / script for script, *_ in RUNS} | elsewhere == scripts
 
 
 def test_rows_more_or_less_often_change_no_training(tiny_backbone, tmp_path):
