@@ -27,6 +27,8 @@ torch.set_num_threads(
 SIZES = {
     "MultiGoal": (2, 2),
     "Lift": (19, 7),
+    "PickPlaceCan": (23, 7),
+    "NutAssemblySquare": (23, 7),
     "Pendulum": (3, 1),
     "Hopper": (11, 3),
     "Walker2d": (17, 6),

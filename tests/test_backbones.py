@@ -35,7 +35,7 @@ def leaves(x):
 
 def test_outputs_are_stored_for_the_decoders():
     stored = {name.removesuffix("/1") for name in STORED} - {"obs", "noise"}
-    assert len(stored) == 11 and stored <= {path.stem for path in FILES}
+    assert len(stored) == 12 and stored <= {path.stem for path in FILES}
 
 
 @pytest.mark.parametrize(

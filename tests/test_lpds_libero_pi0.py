@@ -55,7 +55,9 @@ def test_its_file_is_plain_small_and_says_how_often_it_succeeds():
     assert libero.TINY.stat().st_size < 8_000_000
     assert all(type(x) in (int, str, dict, torch.Tensor) for x in FILE.values())
     card = FILE["card"]
-    assert 0.3 <= card["frozen_success"] <= 0.65 and card["eval_episodes"] > 0
+    success, episodes = card["frozen_success"], card["eval_episodes"]
+    error = (success * (1 - success) / episodes) ** 0.5  # of so few episodes
+    assert 0.3 - 2 * error <= success <= 0.65 + 2 * error
 
 
 def test_the_same_noise_gives_the_same_moves_and_other_pictures_give_others(decoder, obs):

@@ -217,6 +217,23 @@ def test_order_of_obs_keys_is_the_order_of_the_observation(tmp_path):
     np.testing.assert_array_equal(obs, episodes_of(6)[0][0][:, [2, 0, 1]])
 
 
+def test_a_low_dimensional_file_of_robomimic_is_read_by_default(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    sizes = dict(robot0_eef_pos=3, robot0_eef_quat=4, robot0_gripper_qpos=2, object=14)
+    obs = np.random.default_rng(0).normal(size=(6, 23))
+    with h5py.File(tmp_path / "low_dim_v141.hdf5", "w") as file:
+        file.create_group("data").attrs["env_args"] = "{}"
+        demo, start = file["data"].create_group("demo_0"), 0
+        for key, size in sizes.items():
+            demo[f"obs/{key}"] = demo[f"next_obs/{key}"] = obs[:, start : start + size]
+            start += size
+        demo["obs/robot0_joint_pos"], demo["states"] = np.zeros((6, 7)), np.zeros((6, 45))
+        demo["actions"], demo["rewards"] = np.ones((6, 7)), np.zeros(6)
+    found, actions, lengths = load(tmp_path / "low_dim_v141.hdf5")
+    np.testing.assert_array_equal(found, obs)
+    assert actions.shape == (6, 7) and lengths.tolist() == [6]
+
+
 def test_an_episode_without_an_end_flag_closes_the_file(npz):
     ends = np.arange(26) == 8
     assert load(npz(terminals=ends & False, timeouts=ends))[2].tolist() == [9, 17]

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 from conftest import ROOT, Process, assert_same_run, call, finish, load, metrics, only_run, refused
 
@@ -18,6 +19,8 @@ TINY = (
     "--warmup-steps 100 --eval-every 300 --total-timesteps 1200"
 ).split()
 OFTEN = "--log-every 100 --distill-steps 2".split()
+SHORT = """--distill-steps 2 --log-every 10 --num-envs 1 --eval-episodes 1 --prior-steps 20
+    --warmup-steps 10 --eval-every 30 --total-timesteps 90""".split()
 ROLLOUTS = "--log-every 300 --rollout-steps 150".split()
 
 # script, environment, its tiny decoder, further flags
@@ -26,6 +29,7 @@ RUNS = [
     ("lpds_continuous.py", "Pendulum-v1", ("Pendulum", "flow"), OFTEN),
     ("lpds_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
+    ("lpds_robomimic.py", "Lift", ("Lift", "diffusion"), SHORT),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
     ("baselines/dppo_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), ROLLOUTS),
@@ -48,6 +52,14 @@ def moments():
     seed = time.time_ns() % 10**6
     print(f"random.Random({seed})")
     return random.Random(seed)
+
+
+def prepare(script: str, then=None) -> None:
+    """In the process of a run, ahead of it: robosuite's episodes become short enough for a test."""
+    if "robomimic" in script:
+        gym.make = partial(gym.make, max_episode_steps=15)
+    if then:
+        then()
 
 
 def die_at_file(number: int, renamed: bool, name="") -> None:
@@ -96,28 +108,29 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 def kill_and_resume(script, flags, tmp_path, moments):
+    ready = partial(prepare, script)
     started = time.time()
-    whole = finish(tmp_path / "whole", script, *flags)
+    whole = finish(tmp_path / "whole", script, *flags, before=ready)
     seconds, folder = time.time() - started, tmp_path / "parts"
 
     die = partial(die_at_file, moments.randint(2, 3), renamed=False, name="checkpoint.pt")
-    codes = [call(folder, script, *flags, before=die)[0]]
+    codes = [call(folder, script, *flags, before=partial(ready, die))[0]]
     again = ["--resume", only_run(folder).relative_to(folder)]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    for number in signals:
-        process = Process(folder, script, *again)
+    for number in moments.sample(signals, 1) if "robomimic" in script else signals:
+        process = Process(folder, script, *again, before=ready)
         code, _, error = disturb(process, number, moments.uniform(0, seconds / 4))
         codes.append(code)
         if number != signal.SIGKILL and code:
             again = way_back(error)
     die = partial(die_at_file, moments.randint(1, 12), renamed=moments.random() < 0.5)
-    codes.append(call(folder, script, *again, before=die)[0])
+    codes.append(call(folder, script, *again, before=partial(ready, die))[0])
     assert codes.count(0) < 3 and set(codes) <= {0, 1, -signal.SIGKILL}, codes
 
-    parts = finish(folder, script, *again)
+    parts = finish(folder, script, *again, before=ready)
     assert_same_run(whole, parts)
     refused(call(folder, script, *again, "--seed", 7), "--seed 7", "keeps its settings")
-    again = finish(folder, script, *again)
+    again = finish(folder, script, *again, before=ready)
     assert_same_run(whole, again)  # a run that is over stays as it is
 
 
@@ -137,6 +150,7 @@ def test_a_longer_budget_continues_as_if_it_had_been_there_from_the_start(tiny_b
 def test_every_script_is_killed_here():
     scripts = {*ROOT.glob("lpds_*.py"), *ROOT.glob("baselines/*.py")}
     elsewhere = {ROOT / "lpds_libero_pi0.py"}  # in its own test, as it needs LIBERO
+    elsewhere |= {ROOT / "baselines/dsrl_robomimic.py"}  # slow; test_lpds_robomimic.py resumes it
     assert {ROOT / script for script, *_ in RUNS} | elsewhere == scripts
 
 

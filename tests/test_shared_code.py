@@ -14,6 +14,7 @@ MODEL = "lpds_continuous.py"
 # changed in the model is the first's, all the rest is the second's
 FORKS = {
     "lpds_adroit_flow.py": [MODEL],
+    "lpds_robomimic.py": [MODEL],
     "lpds_toy.py": [MODEL],
     "lpds_libero_pi0.py": [MODEL],
     "pretrain_backbone.py": [MODEL],
@@ -23,6 +24,7 @@ FORKS = {
     "baselines/dql_continuous.py": ["baselines/lpds_action_continuous.py"],
     "baselines/idql_continuous.py": ["baselines/dql_continuous.py"],
     "baselines/dsrl_adroit_flow.py": ["baselines/dsrl_continuous.py", "lpds_adroit_flow.py"],
+    "baselines/dsrl_robomimic.py": ["baselines/dsrl_continuous.py", "lpds_robomimic.py"],
     "baselines/dsrl_toy.py": ["baselines/dsrl_continuous.py", "lpds_toy.py"],
 }
 
@@ -36,6 +38,13 @@ DIFFERS = {
         "Decoder.__init__": "with the solver of its file",
         "Decoder.forward": "by Euler's or Heun's method",
         "evaluate": "success is what the task says",
+    },
+    "lpds_robomimic.py": {
+        "Args": FLAGS,
+        "Decoder": "with a network for observations",
+        "Decoder.__init__": "with a network for observations",
+        "Decoder.forward": "with a network for observations",
+        "evaluate": "one episode after the other, to save simulation; success is the task's",
     },
     "lpds_toy.py": {
         "Args": FLAGS,
@@ -102,6 +111,7 @@ DIFFERS = {
         "Agent.update_actor": "by behaviour cloning alone",
     },
     "baselines/dsrl_adroit_flow.py": {"Args": FLAGS},
+    "baselines/dsrl_robomimic.py": {"Args": FLAGS},
     "baselines/dsrl_toy.py": {"Args": FLAGS},
 }
 
