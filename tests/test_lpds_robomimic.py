@@ -160,16 +160,17 @@ def test_the_horizon_is_a_time_limit(task, horizon):
 
 def test_evaluation_tells_success_from_the_time_limit(monkeypatch):
     file = decoder_file(19, 7)
-    step = robomimic.Task.step
+    make = partial(robomimic.make_env, "Lift", file, max_episode_steps=10)
+    envs = gym.vector.SyncVectorEnv([make] * 2, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    task = type(envs.envs[0].unwrapped)  # of whichever script has registered Lift last
+    step = task.step
 
     def solved_once(self, action):
         if self.lucky and self.robosuite.timestep == 5:
             solve(self)
         return step(self, action)
 
-    monkeypatch.setattr(robomimic.Task, "step", solved_once)
-    make = partial(robomimic.make_env, "Lift", file, max_episode_steps=10)
-    envs = gym.vector.SyncVectorEnv([make] * 2, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    monkeypatch.setattr(task, "step", solved_once)
     for env, lucky in zip(envs.envs, (True, False)):
         env.unwrapped.lucky = lucky
     result = robomimic.evaluate(robomimic.Decoder(file), envs, "cpu")
