@@ -60,7 +60,7 @@ class Args:
     policy: str = "tiny"
     """tiny, FILE.pt (your own tiny pi0), or lerobot's: a folder, or a name on the hub"""
     seed: int = 1
-    """seed of networks, noise and initial states; runs on a CPU repeat to the bit"""
+    """seed of networks, noise and initial states; runs on the same CPU repeat to the bit"""
     total_timesteps: int = 50_000
     """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ class Args:
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
+    """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     delta: float = 0.35
     """budget of E||Delta||^2: small keeps pi0's variety, large gives it up; try 0.05 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"

@@ -54,7 +54,7 @@ class Args:
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
     seed: int = 1
-    """seed of networks, noise and environments; runs on a CPU repeat to the bit"""
+    """seed of networks, noise and environments; runs on the same CPU repeat to the bit"""
     total_timesteps: int = 100_000
     """length of the run; a step is one primitive action of one environment, here and below"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +66,7 @@ class Args:
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
-    """run folder to continue at its last checkpoint, with all its settings; exact on a CPU"""
+    """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     eta: float = 1.0
     """weight of Q against BC; 0 is behaviour cloning of the replay"""
     bc_on: Literal["replay", "policy"] = "replay"
