@@ -15,8 +15,7 @@ At temperature tau the steered policy plays w = tau * eps + Delta(s), the frozen
 1 is what was trained, 0 leaves one action per state (of DSRL, that of its mean noise). sq_norm is
 E||Delta||^2 in the run's --delta-norm, kl the divergence of w from N(0, I), without a bound.
 
-The exported program needs torch alone. It takes observations as the environment returns them, and
-raises an error where a number is not finite:
+The exported program needs torch alone, takes raw observations and refuses what is not finite:
 
     policy = torch.export.load("policy.pt2").module()
     actions = policy(obs, tau * torch.randn(len(obs), d))  # (B, obs_dim) -> (B, chunk, action_dim)
@@ -92,6 +91,7 @@ def parse_args() -> Args:
         path = getattr(args, name)
         require(path.endswith(ending) or not path, f"--{name} {path}: must end in {ending}")
         require(Path(path).parent.is_dir(), f"--{name} {path}: make its folder first")
+    require(args.episodes > 0 or not args.json + args.video, "--episodes 0: no --json, no --video")
     require(not args.curves or find_spec("matplotlib"), "--curves: first pip install matplotlib")
     found = not args.video or all(map(find_spec, ("imageio", "imageio_ffmpeg", "PIL")))
     require(found, '--video: first pip install "imageio[ffmpeg]" pillow')

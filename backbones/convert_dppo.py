@@ -40,9 +40,10 @@ def dppo_normalization(path: str, obs_dim: int, d: int) -> dict:
         require(False, f"normalization {path}: give the .npz of the checkpoint ({error})")
     sizes = [stats[key].numel() for key in keys]
     fits = sizes[:2] == [obs_dim] * 2 and sizes[2] == sizes[3] and d % sizes[3] == 0
-    needs = f"has {sizes} values, the checkpoint {obs_dim} observations and {d} outputs"
-    finite = all(x.isfinite().all() for x in stats.values())
-    require(fits and finite, f"normalization {path}: {needs}, all finite; give its own")
+    require(fits, f"normalization {path}: {sizes} values do not fit {obs_dim} inputs, {d} outputs")
+    spans = torch.cat([stats[f"{x}_max"] - stats[f"{x}_min"] for x in ("obs", "action")])
+    ordered = ((spans >= 0) & spans.isfinite()).all()  # of nan neither is true
+    require(ordered, f"normalization {path}: has a min above its max, or not finite; give its own")
     return stats
 
 
@@ -76,8 +77,7 @@ if __name__ == "__main__":
     try:  # the file is untrusted: weights_only never runs what a pickle asks for
         old = dict(torch.load(args.source, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = f"({type(error).__name__}), nothing in it was run"
-        require(False, f"{args.source}: cannot be read as a checkpoint {reason}")
+        require(False, f"{args.source}: no checkpoint ({type(error).__name__}); nothing was run")
     require(old.get("format") != 2, f"{args.source}: is of format 2 already")
 
     # What the file says, and what has to be assumed

@@ -5,8 +5,7 @@
     python benchmark/run.py continuous/main --collect   # condense what lies there, train nothing
 
 benchmark/specs/continuous/main.yaml explains the keys of a spec. Ctrl-C stops; the same command
-goes on from the last evaluation of every run. On a cluster (--address), the repository and --runs
-must lie under the same path on storage that all machines share.
+goes on from the last evaluation of every run. --address needs --runs on storage of all machines.
 """
 
 import ctypes
@@ -206,7 +205,7 @@ def note_start(run: Run) -> None:
     info, source = Path("/proc/cpuinfo"), Path(run.script).read_bytes()
     cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     note = {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else os.uname().machine}
-    note["cores"] = os.cpu_count()
+    note |= {"cores": os.cpu_count(), "flags": run.flags}
     note |= {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     # The script's name in git; `git log --find-object` finds commits that have this version of it
     note["script_blob"] = hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest()
@@ -344,6 +343,8 @@ def condense(run: Run, out: Path) -> None:
     meta["finished"] = is_trained(run)
     meta["args"] = {key: args[key] for key in args if key not in ("run_dir", "resume")}
     meta["starts"] = [json.loads(line) for line in starts.open()] if starts.exists() else []
+    last = meta["starts"][-1].get("flags", run.flags) if meta["starts"] else run.flags
+    require(last == run.flags, f"{run.home}: ran with {last!r}; remove it or rename its arm")
     if last := final(run):
         meta["final"] = {key: last[key] for key in ("episodes", "seed", "global_step")}
         for who, tau in itertools.product(("frozen", "steered"), last["temperatures"]):

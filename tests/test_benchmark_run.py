@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -226,6 +227,15 @@ def test_results_are_what_plot_reads_and_name_no_place(tmp_path, spec, capsys):
     text = "".join(path.read_text() for path in out.rglob("*.[cj]s*"))
     places = ROOT, run.home, Path.home()
     assert first["starts"] and not [place for place in places if f"{place}/" in text]
+
+
+def test_a_spec_edited_after_its_runs_is_not_given_their_results(tmp_path, spec, capsys):
+    [run] = bench.load_spec(spec(arms=moody("works")), tmp_path / "runs")
+    bench.work(run)
+    edited = replace(run, flags=run.flags + " --lr 1")
+    with pytest.raises(SystemExit):
+        bench.collect([edited], tmp_path / "out")
+    assert "rename its arm" in capsys.readouterr().err and not list(tmp_path.glob("out/*/*.json"))
 
 
 def test_printed_commands_do_by_hand_what_the_sweep_would_do_without_ray(tmp_path, spec):

@@ -196,6 +196,7 @@ BAD_STATS = {
     "short": {"obs_min": np.zeros(10)},
     "five actions": {"action_min": -np.ones(5), "action_max": np.ones(5)},
     "nan": {"obs_max": np.full(11, np.nan)},
+    "swapped": {"action_min": STATS["action_max"], "action_max": STATS["action_min"]},
     "text": {"obs_min": np.array(["a"] * 11)},
 }
 
@@ -224,7 +225,7 @@ class Evil:
 
 def test_what_a_file_asks_for_is_not_run(convert, tmp_path):
     proof = tmp_path / "proof"
-    refused(convert({"model": Evil(proof), "ema": {}}), "state.pt", "nothing in it was run")
+    refused(convert({"model": Evil(proof), "ema": {}}), "state.pt", "nothing was run")
     stats = STATS | {"obs_min": np.array([Evil(proof)], object)}
     refused(convert({"ema": dppo_state(**SMALL)}, stats), "normalization")
     assert not proof.exists()
@@ -237,7 +238,7 @@ def test_what_a_file_asks_for_is_not_run(convert, tmp_path):
 def test_files_that_are_no_checkpoint(convert, content, tmp_path):
     refused(convert(content), "state.pt")
     (tmp_path / "state.pt").write_bytes(b"text")
-    refused(convert(None), "state.pt", "cannot be read")
+    refused(convert(None), "state.pt", "no checkpoint")
 
 
 def test_as_a_program_it_refuses_its_own_output(convert, tmp_path):

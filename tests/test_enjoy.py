@@ -469,6 +469,7 @@ WRONG = {
     "RUN --export p.pt": ".pt2",
     "RUN --curves c.txt": ".png",
     "RUN --json none/n.json": "--json none/n.json",
+    "RUN --json n.json --episodes 0": "--episodes 0",
 }
 
 
