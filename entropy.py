@@ -23,8 +23,8 @@ same D, K, k, eps, action scale and probe states compare. Read the difference fr
 decoder rather than the number.
 
 Ties. Decoded actions are clipped to +-1, so exact duplicates occur, and a distribution with such
-atoms has entropy -infinity: each duplicate contributes D log eps, our choice of eps and no property
-of the policy. `ties` is the share of samples with rho < eps, where eps outweighs the data; unless
+atoms has entropy -infinity: with k duplicates one adds D/K log eps, our choice and no property of
+the policy. `ties` is the share of samples with rho < eps, where eps outweighs the data; unless
 it is near 0, quote it beside the entropy. It does not see samples clipped in some coordinates only:
 they lie on a face of the box, where H falls without end as K grows.
 
@@ -47,7 +47,7 @@ def knn_entropy(
 
     samples is (B, K, D) or (B, K, Ta, A). Returns two 0-d float64 tensors on its device, and reads
     nothing back from it: values are not checked, a NaN among the samples makes the entropy NaN.
-    With eps = 0 ties is 0, and a duplicate makes the entropy -inf.
+    With eps = 0 ties is 0, and k duplicates of a sample make the entropy -inf.
     """
     if samples.ndim < 3 or 0 in samples.shape:
         expected = "(B, K, D) or (B, K, Ta, A), not empty"

@@ -3,7 +3,7 @@
 # ///
 """Lagrangian Perturbation Diffusion Steering (LP-DS, arXiv 2606.01151) on Gymnasium's locomotion.
 
-A generative policy a = Phi(w; s), cloned from mediocre data, makes a chunk a of actions from noise.
+A generative policy a = Phi(w; s), cloned from mediocre data, turns noise w into an action chunk a.
 It stays frozen; only a shift Delta of its noise eps ~ N(0, I) is learned, within a budget delta:
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
@@ -17,7 +17,7 @@ prior, hence delta. Its multiplier alpha prices distance to the prior as SAC's p
     python enjoy.py runs/RUN_FOLDER --temperature 1 0.5 0
 
 Results, metrics and departures: docs/lpds_continuous.md. To fork, copy this file and entropy.py.
-On a first reading skip parse_args, log, and in the main part what comes before `while True`.
+On a first reading skip Args, parse_args, probe, log and, at the end, all before `while True`.
 """
 
 import json
@@ -40,7 +40,7 @@ from entropy import knn_entropy
 
 # DSRL (arXiv 2506.15799) bounds w, without a budget; LP-DS takes over its loop and settings
 HALF = dict(utd=10, distill_steps=5)  # half of DSRL's updates: about the same return, half the time
-DEFAULTS = {  # what differs from Args; chosen on seeds that no reported result uses
+DEFAULTS = {  # what differs from Args; chosen on other seeds than those of reported results
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", delta=0.5, hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-flow.pt", delta_norm="sum", **HALF),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-flow.pt", **HALF),
@@ -70,7 +70,7 @@ class Args:
     delta: float = 0.35
     """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
+    """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -78,7 +78,7 @@ class Args:
     alpha_init: float = 1.0
     """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
-    """step of the dual update"""
+    """learning rate of the dual update"""
     noise_bound: float = float("inf")
     """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
     hidden_size: int = 256
@@ -104,7 +104,7 @@ class Args:
     warmup_steps: int = 8_000
     """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
+    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -245,8 +245,8 @@ class Agent(nn.Module):
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
         self.perturbation = mlp(obs_dim, d, width)  # Delta_theta
-        for zero in self.perturbation[-1].parameters():
-            nn.init.zeros_(zero)  # the first policy is the frozen one
+        for parameter in self.perturbation[-1].parameters():
+            nn.init.zeros_(parameter)  # the first policy is the frozen one
         self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target.load_state_dict(self.q_a.state_dict())
@@ -286,14 +286,14 @@ class Agent(nn.Module):
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
-        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        n = self.args.batch_size  # of a slice; the batch of step (8) holds several
         noise = torch.randn_like(batch["action"])
         with torch.no_grad():  # neither network changes here: one pass serves all slices
             target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
         for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
             loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
             self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}  # value: of Q^A
 
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
@@ -308,10 +308,10 @@ class Agent(nn.Module):
         self.descend(self.perturbation, loss)
 
         # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
-        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
-        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
+        # a step whose right size depends on the scale of Q; "log" multiplies alpha instead
+        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1; 5 caps outliers
         if self.args.lagrangian and self.args.dual == "log":
-            self.alpha.mul_((self.args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
+            self.alpha.mul_((self.args.alpha_lr * violation.clamp(max=5)).exp()).clamp_(min=1e-6)
         elif self.args.lagrangian:
             self.alpha.add_(self.args.alpha_lr * self.args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
@@ -349,7 +349,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
+    # Does Q^W follow Q^A over the noises of a state? Pearson's correlation; the actor climbs Q^W
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -360,7 +360,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -450,7 +450,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
@@ -485,13 +485,13 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
             #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
@@ -503,7 +503,7 @@ if __name__ == "__main__":
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)
                     info |= agent.update_action_critic(batch)
-                    if global_step >= first_step:
+                    if global_step >= first_step:  # prior_steps + warmup_steps
                         info |= agent.update_perturbation(batch)
                 batch = replay.sample(args.batch_size * args.distill_steps)
                 info |= agent.update_latent_critic(batch)

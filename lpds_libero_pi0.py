@@ -72,7 +72,7 @@ class Args:
     delta: float = 0.35
     """budget of E||Delta||^2: small keeps pi0's variety, large gives it up; try 0.05 to 1"""
     delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
+    """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     hidden_size: int = 128
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -427,7 +427,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             for slow, fast in zip(self.q_w_target.parameters(), self.q_w.parameters()):
                 slow.lerp_(fast, self.args.tau)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}  # value: of Q^A
 
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
@@ -441,9 +441,9 @@ class Agent(nn.Module):
         self.descend(self.shift, loss)
 
         # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
-        # a step whose right size depends on the scale of rewards; this one multiplies alpha
-        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
-        self.alpha.mul_((0.01 * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
+        # a step whose right size depends on the scale of Q; this one multiplies alpha
+        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1; 5 caps outliers
+        self.alpha.mul_((0.01 * violation.clamp(max=5)).exp()).clamp_(min=1e-6)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
         info |= {"trust_region/alpha": self.alpha.clone(), "trust_region/kl": 0.5 * sum_norm}
         info["losses/perturbation"] = loss
@@ -473,7 +473,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.num_envs, envs.envs[0].decoder.dim, generator=generator).to(device)
@@ -546,7 +546,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         policy = agent.act if global_step else decoder
         parts = [evaluate(policy, envs, args.device, seed) for seed in range(args.eval_episodes)]
         result = {key: sum([part[key] for part in parts], []) for key in parts[0]}
@@ -605,7 +605,7 @@ if __name__ == "__main__":
                     batch = replay.sample(args.batch_size)
                     info |= agent.update_action_critic(batch)
                     info |= agent.update_latent_critic(batch)
-                    if global_step >= first_step:
+                    if global_step >= first_step:  # prior_steps + warmup_steps
                         info |= agent.update_perturbation(batch)
 
             # (9) Log the latest losses; only here are they read back from the device

@@ -5,7 +5,7 @@
 
 A frozen policy a = Phi(w; s) reaches each of four goals about equally often (MultiGoal), or takes a
 rod past six posts on one of 24 routes (Avoiding). Learned is a shift of its input noise, within a
-budget delta. A small one keeps all ways; a large one returns more, on few of them:
+budget delta. A small one keeps all ways; a large one returns more, on few of them. eps ~ N(0, I):
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
@@ -13,7 +13,7 @@ budget delta. A small one keeps all ways; a large one returns more, on few of th
     python lpds_toy.py --env-id Avoiding --delta 0.3
     python lpds_toy.py --resume runs/RUN_FOLDER
 
-A fork of lpds_continuous.py. Figures of several deltas, metrics, departures: docs/lpds_toy.md.
+A fork of lpds_continuous.py; read that first. Figures, metrics, departures: docs/lpds_toy.md.
 """
 
 import json
@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-# What differs from Args in a world; the mean, as the paper's deltas, summed over d = 8, do little
+# Differs from Args; Avoiding's delta is of the mean: the paper's, of a sum over d = 8, do little
 AVOIDING = dict(backbone="avoiding-scripted-diffusion.pt", total_timesteps=50_000, utd=5)
 AVOIDING |= dict(prior_steps=5_000, warmup_steps=5_000, hidden_size=128, delta_norm="mean")
 AVOIDING |= dict(eval_every=5_000, eval_episodes=200)
@@ -62,7 +62,7 @@ class Args:
     delta: float = 0.1
     """budget of E||Delta||^2: 0.01 keeps all goals, 1 keeps one or two"""
     delta_norm: Literal["sum", "mean"] = "sum"
-    """||Delta||^2: sum over the coordinates of the noise (equation 7), or their mean"""
+    """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
     dual: Literal["log", "linear"] = "log"
@@ -70,7 +70,7 @@ class Args:
     alpha_init: float = 1.0
     """first price of the constraint, in Q per unit of ||Delta||^2"""
     alpha_lr: float = 1e-2
-    """step of the dual update"""
+    """learning rate of the dual update"""
     noise_bound: float = float("inf")
     """clips each coordinate of w to +-bound; not needed with the Lagrangian"""
     hidden_size: int = 64
@@ -92,7 +92,7 @@ class Args:
     warmup_steps: int = 1_000
     """further steps in which only the critics learn, so that Delta never climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
+    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 1_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the worlds"""
     eval_episodes: int = 1_000
@@ -157,7 +157,7 @@ class MultiGoal(gym.Env):
         if inside and self.mode < 0:
             self.mode = int(distance.argmin())  # the first goal counts
         self.time += 1
-        self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)
+        self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)  # the rest: to draw
         info = {"success": self.mode >= 0, "mode": self.mode, "path": self.path.copy()}
         return self.path[self.time], 10.0 * inside - distance.min(), False, False, info
 
@@ -180,8 +180,8 @@ class Avoiding(gym.Env):
     def __init__(self):
         post = '<geom type="cylinder" pos="{} {} 0" size="{} 0.1"/>'
         posts = "".join(post.format(*circle) for circle in self.CIRCLES)
-        motors = ""
-        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), tau g' = ctrl - g
+        motors = ""  # force kp (g - q) + kd (f g' - q'), g is ctrl filtered: tau g' = ctrl - g
+        for joint, tau, kp, kd, f in self.MOTORS:
             slow = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
             motors += f'<general joint="{joint}" gainprm="{kp - kd * f / tau}" {slow}/>'
             motors += f'<general joint="{joint}" gainprm="{kd * f / tau}"/>'
@@ -333,8 +333,8 @@ class Agent(nn.Module):
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
         self.perturbation = mlp(obs_dim, d, width)  # Delta_theta
-        for zero in self.perturbation[-1].parameters():
-            nn.init.zeros_(zero)  # the first policy is the frozen one
+        for parameter in self.perturbation[-1].parameters():
+            nn.init.zeros_(parameter)  # the first policy is the frozen one
         self.q_a = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
         self.q_a_target.load_state_dict(self.q_a.state_dict())
@@ -374,14 +374,14 @@ class Agent(nn.Module):
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
-        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        n = self.args.batch_size  # of a slice; the batch of step (8) holds several
         noise = torch.randn_like(batch["action"])
         with torch.no_grad():  # neither network changes here: one pass serves all slices
             target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
         for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
             loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
             self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}  # value: of Q^A
 
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
@@ -396,10 +396,10 @@ class Agent(nn.Module):
         self.descend(self.perturbation, loss)
 
         # Dual: alpha rises while sq_norm exceeds delta. differs from the paper: equation 10 adds
-        # a step whose right size depends on the scale of rewards; "log" multiplies alpha instead
-        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1
+        # a step whose right size depends on the scale of Q; "log" multiplies alpha instead
+        violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1; 5 caps outliers
         if self.args.lagrangian and self.args.dual == "log":
-            self.alpha.mul_((self.args.alpha_lr * violation.clamp(-1, 5)).exp()).clamp_(min=1e-6)
+            self.alpha.mul_((self.args.alpha_lr * violation.clamp(max=5)).exp()).clamp_(min=1e-6)
         elif self.args.lagrangian:
             self.alpha.add_(self.args.alpha_lr * self.args.delta * violation).clamp_(min=0)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
@@ -428,7 +428,7 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay) -> dict:
-    """||Delta||^2 in all states so far, whose mean is the constraint, and where episodes start."""
+    """||Delta||^2 over all states so far (its mean is constrained), and at the first, the start."""
     spent = agent.perturbation(replay.data["obs"][: replay.size]).square()
     spent = spent.sum(1) if agent.args.delta_norm == "sum" else spent.mean(1)
     return {"trust_region/replay_sq_norm": spent.mean(), "trust_region/start_sq_norm": spent[0]}
@@ -439,7 +439,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success, mode = np.full((4, envs.num_envs), np.nan)
     paths = [None] * envs.num_envs
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -541,7 +541,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         paths = [*paths[:1], result.pop("path")]  # only the frozen policy's and the latest are kept
         evals.append({"global_step": global_step} | result)
@@ -581,13 +581,13 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
             #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
@@ -599,7 +599,7 @@ if __name__ == "__main__":
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)
                     info |= agent.update_action_critic(batch)
-                    if global_step >= first_step:
+                    if global_step >= first_step:  # prior_steps + warmup_steps
                         info |= agent.update_perturbation(batch)
                 batch = replay.sample(args.batch_size * args.utd)
                 info |= agent.update_latent_critic(batch)

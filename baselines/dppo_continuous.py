@@ -404,7 +404,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         shape = envs.num_envs, (1 + STEPS) * envs.single_action_space.shape[0]
@@ -494,7 +494,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
@@ -530,7 +530,7 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store: all that PPO needs, and in the replay the states of the run, to probe them
             replay.add(obs, action, reward, real_next_obs, terminated)

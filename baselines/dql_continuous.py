@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one
 from entropy import knn_entropy  # noqa: E402
 
 WIDE = dict(utd=5, actor_steps=1)  # half the updates: their decoders are twice as wide
-DEFAULTS = {  # what differs from Args; chosen on seeds that no reported result uses
+DEFAULTS = {  # what differs from Args; chosen on other seeds than those of reported results
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-diffusion.pt", **WIDE),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-diffusion.pt", **WIDE),
@@ -99,7 +99,7 @@ class Args:
     warmup_steps: int = 8_000
     """further steps in which only the critics learn, so that the actor climbs no untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
+    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -347,7 +347,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -437,7 +437,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
@@ -472,13 +472,13 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store. differs from DPPO: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
             #     differs from DPPO: rewards are scaled by 0.01 there, whatever they are
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()

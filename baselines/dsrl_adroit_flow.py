@@ -102,7 +102,7 @@ class Args:
     warmup_steps: int = 8_000
     """further steps in which only the critics learn, so that no policy climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
+    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 10_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
         self.solver, times = file["solver"], len(file["time_emb"])
-        self.steps = times - 1 if self.solver == "heun" else times  # Heun's have both ends of each
+        self.steps = times - 1 if self.solver == "heun" else times  # Heun's include t = 1
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -307,14 +307,14 @@ class Agent(nn.Module):
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
-        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        n = self.args.batch_size  # of a slice; the batch of step (8) holds several
         noise = torch.randn_like(batch["action"])
         with torch.no_grad():  # neither network changes here: one pass serves all slices
             target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
         for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
             loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
             self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}  # value: of Q^A
 
     def update_actor(self, batch: dict) -> dict:
         """A step of the noise policy, then of its temperature, both as in SAC."""
@@ -361,7 +361,7 @@ def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64
     info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
 
-    # Does Q^W rank the noises of a state as Q^A ranks their actions? Delta follows this ranking
+    # Does Q^W follow Q^A over the noises of a state? Pearson's correlation; the actor climbs Q^W
     q_w = agent.q_w(obs, agent.steer(obs, noise)).mean(0).view(states, n)
     q_a = agent.q_a(obs, steered).mean(0).view(states, n)
     q_w, q_a = q_w - q_w.mean(1, keepdim=True), q_a - q_a.mean(1, keepdim=True)
@@ -372,7 +372,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success = np.full((3, envs.num_envs), np.nan)
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -462,7 +462,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         evals.append({"global_step": global_step} | result)
         arrays = {key: np.array([e[key] for e in evals]) for key in evals[0]}
@@ -497,13 +497,13 @@ if __name__ == "__main__":
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
             vector_step += 1
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
             #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
@@ -515,7 +515,7 @@ if __name__ == "__main__":
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)
                     info |= agent.update_action_critic(batch)
-                    if global_step >= first_step:
+                    if global_step >= first_step:  # prior_steps + warmup_steps
                         info |= agent.update_actor(batch)
                 batch = replay.sample(args.batch_size * args.distill_steps)
                 info |= agent.update_latent_critic(batch)

@@ -85,7 +85,7 @@ class Args:
     warmup_steps: int = 1_000
     """further steps in which only the critics learn, so that no policy climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: mean |reward| for ever gives Q = 15, see (7)"""
+    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 1_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the worlds"""
     eval_episodes: int = 1_000
@@ -150,7 +150,7 @@ class MultiGoal(gym.Env):
         if inside and self.mode < 0:
             self.mode = int(distance.argmin())  # the first goal counts
         self.time += 1
-        self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)
+        self.path[self.time :] = np.clip(position + 0.5 * action, -2, 2)  # the rest: to draw
         info = {"success": self.mode >= 0, "mode": self.mode, "path": self.path.copy()}
         return self.path[self.time], 10.0 * inside - distance.min(), False, False, info
 
@@ -173,8 +173,8 @@ class Avoiding(gym.Env):
     def __init__(self):
         post = '<geom type="cylinder" pos="{} {} 0" size="{} 0.1"/>'
         posts = "".join(post.format(*circle) for circle in self.CIRCLES)
-        motors = ""
-        for joint, tau, kp, kd, f in self.MOTORS:  # kp (g - q) + kd (f g' - q'), tau g' = ctrl - g
+        motors = ""  # force kp (g - q) + kd (f g' - q'), g is ctrl filtered: tau g' = ctrl - g
+        for joint, tau, kp, kd, f in self.MOTORS:
             slow = f'dyntype="filter" dynprm="{tau}" biastype="affine" biasprm="0 {-kp} {-kd}"'
             motors += f'<general joint="{joint}" gainprm="{kp - kd * f / tau}" {slow}/>'
             motors += f'<general joint="{joint}" gainprm="{kd * f / tau}"/>'
@@ -385,14 +385,14 @@ class Agent(nn.Module):
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A(s, Phi(w; s)) at w ~ N(0, I) (Algorithm 1, lines 12-15), by slices."""
-        n = self.args.batch_size  # of a slice; the batch holds distill_steps of them
+        n = self.args.batch_size  # of a slice; the batch of step (8) holds several
         noise = torch.randn_like(batch["action"])
         with torch.no_grad():  # neither network changes here: one pass serves all slices
             target = self.q_a(batch["obs"], self.decoder(batch["obs"], noise))  # (2, B)
         for obs, w, y in zip(batch["obs"].split(n), noise.split(n), target.split(n, dim=1)):
             loss = 0.5 * (self.q_w(obs, w) - y).square().mean(1).sum()  # each twin copies its own
             self.descend(self.q_w, loss)
-        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}
+        return {"losses/q_w": loss.detach(), "losses/q_w_value": target.mean()}  # value: of Q^A
 
     def update_actor(self, batch: dict) -> dict:
         """A step of the noise policy, then of its temperature, both as in SAC."""
@@ -433,7 +433,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, success, mode = np.full((4, envs.num_envs), np.nan)
     paths = [None] * envs.num_envs
-    seeds = np.random.SeedSequence([seed, 0, 1])  # never a start of training, see (3)
+    seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
         noise = torch.randn(envs.action_space.shape, generator=generator).to(device)
@@ -535,7 +535,7 @@ if __name__ == "__main__":
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}
         save(run / "checkpoint.pt", partial(torch.save, state))
 
-        # (2) Evaluate; at step 0 the frozen decoder, which everything is compared with
+        # (2) Evaluate into the last row; step 0 is the frozen decoder, which all is compared with
         result = evaluate(agent.act if global_step else decoder, eval_envs, args.device)
         paths = [*paths[:1], result.pop("path")]  # only the frozen policy's and the latest are kept
         evals.append({"global_step": global_step} | result)
@@ -575,13 +575,13 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))  # by ActionChunk; < chunk at an end
+            global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
             # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, after the prior steps, scale rewards: mean |reward| for ever gives Q = 15.
+            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
             #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
@@ -593,7 +593,7 @@ if __name__ == "__main__":
                 for _ in range(args.utd):
                     batch = replay.sample(args.batch_size)
                     info |= agent.update_action_critic(batch)
-                    if global_step >= first_step:
+                    if global_step >= first_step:  # prior_steps + warmup_steps
                         info |= agent.update_actor(batch)
                 batch = replay.sample(args.batch_size * args.utd)
                 info |= agent.update_latent_critic(batch)
