@@ -8,8 +8,8 @@ itself learns, by PPO. DDPM turns noise x_0 into a chunk of actions x_20 in 20 s
 from a Gaussian of known density. So each is a decision, which PPO makes more or less likely as the
 chunk turns out better or worse than V(s). A copy of the decoder takes the last K' steps and learns:
 
-    x_k+1 ~ N(mu_theta(x_k, k, s), sigma_k^2 I)      r_k = p_theta(x_k+1 | x_k, s) / p_old(...)
-    max_theta E[min(r_k A, clip(r_k, 1 - eps_k, 1 + eps_k) A)]
+    x_k+1 ~ N(mu_theta(x_k, k, s), sigma_k^2 I)   r_k = [p_theta(x_k+1 | x_k, s) / p_old(...)]^(1/d)
+    max_theta E[min(r_k A_k, clip(r_k, 1 - eps_k, 1 + eps_k) A_k)]    A_k = gamma_denoise^(19-k) A
 
     python baselines/dppo_continuous.py --env-id Walker2d-v4
     python baselines/dppo_continuous.py --resume runs/RUN_FOLDER
@@ -72,7 +72,7 @@ class Args:
     noise_floor: float = 0.1
     """least standard deviation of a step in training, so that the last ones explore, too"""
     clip: float = 0.01
-    """eps of the last step, per coordinate: how far from 1 its ratio pays"""
+    """eps of the last step: beyond 1 +- eps its ratio, a geometric mean over d, pays no more"""
     clip_first: float = 0.01
     """eps of the first step that learns; from there to the last it grows exponentially"""
     gamma_denoise: float = 0.99
@@ -89,12 +89,12 @@ class Args:
     """near 0: advantages rest on the critic; 1: on the rewards of the whole episode"""
     epochs: int = 5
     """how often an iteration of PPO goes through its roll-out"""
-    # differs from DPPO: small iterations. Its have 80,000 steps, of 40 environments, in batches of
-    # 50,000 pairs, and its budget is 72 million steps
+    # differs from DPPO: small iterations. There an iteration has 80,000 steps of 40 environments,
+    # in batches of 50,000 pairs, and a run 72 million steps
     num_envs: int = 10
     """environments stepped together"""
     rollout_steps: int = 2_500
-    """steps between iterations of PPO, which learns from these and forgets them"""
+    """steps of an iteration of PPO, which then forgets them; an evaluation ends one early"""
     batch_size: int = 1_000
     """pairs of an action chunk and one of its denoising steps, per gradient step"""
     eval_every: int = 10_000
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         self.register_buffer("levels", torch.tensor(file["levels"]))  # (K, 4)
 
     def step(self, obs, x, k):
-        """Mean (B, d) and width of the next x's Gaussian; k, int or (B,), is 0 for pure noise."""
+        """Mean (B, d) and deviation of the next x's Gaussian; k, int or (B,): 0 is pure noise."""
         h = self.first(torch.cat([x, self.time_emb[k].expand(len(x), -1), obs], -1))
         for block in self.blocks:
             h = h + block(h)
@@ -291,7 +291,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def estimate(self, obs, reward, next_obs, terminated, ended, discounted) -> tuple:
         """Columns (T, N, ...) of a roll-out -> advantages by GAE, targets of V; both (T, N)."""
-        # Rewards in units of the standard deviation that discounted returns have had so far
+        # Rewards in units of the deviation of `discounted` over the run so far, cut at 10 as there
         self.returns += torch.stack([discounted.double().pow(power).sum() for power in range(3)])
         mean, square = self.returns[1:] / self.returns[0]
         reward = (reward / (square - mean.square() + 1e-8).sqrt().float()).clamp(-10, 10)
@@ -300,7 +300,7 @@ class Agent(nn.Module):
         value, next_value = self.critic(obs).squeeze(-1), self.critic(next_obs).squeeze(-1)
         error = reward + self.args.gamma * (1 - terminated) * next_value - value
 
-        # An error counts for the actions before it, the less the longer ago, in its episode alone
+        # GAE: the errors after a chunk count, too, each later one less, up to the episode's end
         advantage, ahead = torch.zeros_like(error), torch.zeros_like(error[0])
         decay = self.args.gamma * self.args.gae_lambda * (1 - ended)
         for t in reversed(range(len(error))):
@@ -521,7 +521,7 @@ if __name__ == "__main__":
             # (4) Act: the chain of denoised x, of which the last is the action chunk
             noise = torch.randn(args.num_envs, decoder.dim, device=args.device)
             chain = agent.denoise(to_device(obs), noise, args.noise_floor)  # (N, K' + 1, d)
-            action = chain[:, -1].clamp(-1, 1).cpu().numpy()
+            action = chain[:, -1].clamp(-1, 1).cpu().numpy()  # densities are of what is not cut
 
             # (5) Step: each environment executes its chunk; one that ends is reset at once
             next_obs, reward, terminated, truncated, infos = envs.step(action)
@@ -541,7 +541,7 @@ if __name__ == "__main__":
             discounted = discounted * ~done
             obs = next_obs
 
-            # (7) Learn from the roll-out, once it is long enough, and forget it
+            # (7) Learn from the roll-out, once it is long enough or the round ends, and forget it
             due = global_step // args.rollout_steps > before // args.rollout_steps
             if due or global_step >= until:
                 info = agent.learn(rollout)

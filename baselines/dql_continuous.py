@@ -77,7 +77,7 @@ class Args:
     """Adam's learning rate of the critics"""
     actor_lr: float = 1e-4
     """Adam's learning rate of the actor"""
-    # differs from DPPO: sizes for a small machine and 100,000 steps, not 80 million. There 40
+    # differs from DPPO: sizes for a small machine and 100,000 steps, not 72 million. There 40
     # environments and batches of 1,000, and each chunk is used 16 times, in the mean; here, on
     # Hopper, 64 times for the actor and 320 times for Q^A
     batch_size: int = 256
@@ -251,7 +251,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
-        # differs from DPPO: the few steps of DDIM in its file, so that all methods start alike
+        # differs from DPPO: the few steps of DDIM in its file, so that it starts as LP-DS does
         self.actor = copy.deepcopy(decoder).requires_grad_(True)
         self.actor_target = copy.deepcopy(decoder)
         # differs from DPPO: critics of all methods have DSRL's layers; there plain ones with Mish
@@ -332,13 +332,13 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
-    """What steering does at states of the replay, over n draws of noise at each."""
+    """What the policy does at states of the replay, over n draws of noise at each."""
     generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
-    steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
+    action, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
     info = {}
-    info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
+    info["entropy/action"], info["entropy/ties"] = knn_entropy(action.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
     return info
 
@@ -485,7 +485,7 @@ if __name__ == "__main__":
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x Q^A, then actor_steps x actor, which cost three times as much
+            # (8) Train: utd x Q^A, then actor_steps x actor, one of which costs three of Q^A
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     info |= agent.update_action_critic(replay.sample(args.batch_size))

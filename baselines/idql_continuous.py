@@ -4,11 +4,11 @@
 """IDQL (Hansen-Estruch et al. 2023) on Hopper, Walker2d and HalfCheetah, from a clone.
 
 A fork of lpds_continuous.py in which nothing is steered: a copy pi_theta of the decoder clones the
-replay, good and bad alike, and the critics choose. Of S chunks that it proposes, the one that Q^A
-likes best is played; V, an upper expectile of Q^A over what was played, makes that the greedy
-policy of implicit Q-learning, without asking Q^A about an action that nobody has tried:
+replay, good and bad alike, and critics choose among S chunks that it proposes: in evaluation the
+best by Q^A, in training any, those above V the more often. V is an upper expectile of Q^A over what
+was played: learning asks Q^A about nothing that nobody has tried, only choosing does.
 
-    V(s) = expectile of Q^A(s, a)     Q^A(s, a) = r + gamma V(s')     a = argmax_i Q^A(s, a_i)
+    V(s) = expectile of Q^A(s, a)   Q^A(s, a) = r + gamma V(s')   a = a_j, j = argmax_i Q^A(s, a_i)
 
     python baselines/idql_continuous.py --env-id Walker2d-v4
     python baselines/idql_continuous.py --resume runs/RUN_FOLDER
@@ -75,7 +75,7 @@ class Args:
     """Adam's learning rate of the critics"""
     actor_lr: float = 1e-4
     """Adam's learning rate of the actor"""
-    # differs from DPPO: sizes for a small machine and 100,000 steps, not 80 million. There 40
+    # differs from DPPO: sizes for a small machine and 100,000 steps, not 72 million. There 40
     # environments, batches of 1,000 and a tau of 0.001. Each chunk is used 128 times, in the mean,
     # as it is here for the actor; for V and Q^A 640 times
     batch_size: int = 256
@@ -95,7 +95,7 @@ class Args:
     prior_steps: int = 8_000
     """steps of the frozen policy before any training"""
     warmup_steps: int = 8_000
-    """further steps in which only the critics learn, so that untrained ones never choose"""
+    """further steps in which only the critics learn and choose nothing, but in evaluations"""
     reward_scale: float | Literal["auto"] = "auto"
     """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
     eval_every: int = 10_000
@@ -249,7 +249,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.decoder = args, decoder
         obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
-        # differs from DPPO: the few steps of DDIM in its file, so that all methods start alike
+        # differs from DPPO: the few steps of DDIM in its file, so that it starts as LP-DS does
         self.actor = copy.deepcopy(decoder).requires_grad_(True)
         self.register_buffer("shifts", torch.rand(args.samples, 1, d))  # see propose
         # differs from DPPO: critics of all methods have DSRL's layers; there plain ones with Mish
@@ -268,8 +268,8 @@ class Agent(nn.Module):
 
     def propose(self, obs, noise):
         """(B, obs_dim), (B, d) -> S chunks of each state (S, B, d), and their values (S, B)."""
-        # differs from DPPO: one eps becomes S draws of N(0, I), so that it alone decides what is
-        # played, as in all scripts: its quantiles, which are uniform, are shifted and wrap around
+        # differs from DPPO: one eps becomes S draws, each N(0, I) but not independent, so that act
+        # needs nothing but eps, as in all scripts: fixed shifts of its quantiles, which wrap around
         quantile = (torch.special.ndtr(noise) + self.shifts) % 1  # (S, B, d)
         noise = torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
         obs = obs.expand(len(noise), -1, -1).flatten(0, 1)
@@ -349,13 +349,13 @@ class Replay:  # every transition (chunk) of the run, on the learner's device
 
 @torch.no_grad()
 def probe(agent: Agent, replay: Replay, seed: int, states: int = 64, n: int = 64) -> dict:
-    """What steering does at states of the replay, over n draws of noise at each."""
+    """What the policy does at states of the replay, over n draws of noise at each."""
     generator = torch.Generator(replay.device).manual_seed(seed)  # leaves the run's noise alone
     obs = replay.sample(states, generator)["obs"].repeat_interleave(n, 0)
     noise = torch.randn(len(obs), agent.decoder.dim, device=replay.device, generator=generator)
-    steered, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
+    action, frozen = agent.act(obs, noise), agent.decoder(obs, noise)
     info = {}
-    info["entropy/action"], info["entropy/ties"] = knn_entropy(steered.view(states, n, -1))
+    info["entropy/action"], info["entropy/ties"] = knn_entropy(action.view(states, n, -1))
     info["entropy/action_frozen"], _ = knn_entropy(frozen.view(states, n, -1))
     return info
 

@@ -7,7 +7,7 @@ A fork of lpds_continuous.py in which Delta is added to the decoded chunk in pla
 Q^A alone says what is better, and Q^W and its distillation are gone. The diff between the two files
 is the lesson (section 5.5 and figure 7 of the paper):
 
-    a = Phi(eps; s) + Delta_theta(s)   max_theta E[Q^A(s, a)]  such that  E||Delta||^2 <= delta
+    a = clip(Phi(eps; s) + Delta_theta(s))   max_theta E[Q^A(s, a)]  s. t.  E||Delta||^2 <= delta
 
     python baselines/lpds_action_continuous.py --env-id Walker2d-v4 --delta 0.35
     python baselines/lpds_action_continuous.py --resume runs/RUN_FOLDER
@@ -36,9 +36,8 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # entropy.py lies one folder up
 from entropy import knn_entropy  # noqa: E402
 
-# DSRL (arXiv 2506.15799) bounds w, without a budget; LP-DS takes over its loop and settings
-HALF = dict(utd=10)  # half of DSRL's updates: about the same return, half the time
-DEFAULTS = {  # what differs from Args; chosen on other seeds than those of reported results
+HALF = dict(utd=10)  # as in LP-DS
+DEFAULTS = {  # what differs from Args: LP-DS's values, not chosen anew
     "Hopper": dict(backbone="hopper-v4-medium-diffusion.pt", delta=0.5, hidden_size=128),
     "Walker2d": dict(backbone="walker2d-v4-medium-flow.pt", delta_norm="sum", **HALF),
     "HalfCheetah": dict(backbone="halfcheetah-v4-medium-flow.pt", **HALF),
@@ -66,11 +65,11 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     delta: float = 0.35
-    """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
+    """budget of E||Delta||^2: small keeps to the decoder's chunks, large drives them to +-1"""
     delta_norm: Literal["sum", "mean"] = "mean"
     """||Delta||^2: sum over the coordinates of a chunk (equation 7), or their mean"""
     lagrangian: bool = True
-    """--no-lagrangian fixes alpha at 0 (ablation): nothing then limits Delta"""
+    """--no-lagrangian fixes alpha at 0 (ablation): only the clip to +-1 then limits chunks"""
     dual: Literal["log", "linear"] = "log"
     """log: relative steps of alpha, for any scale of rewards; linear: equation 10 as printed"""
     alpha_init: float = 1.0

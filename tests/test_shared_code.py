@@ -101,6 +101,7 @@ DIFFERS = {
         "Agent.__init__": "a copy of the decoder learns",
         "Agent.act": "plays the copy",
         "Agent.update_action_critic": "the next action is a target actor's",
+        "probe": "nothing is steered",
     },
     "baselines/idql_continuous.py": {
         "Args": FLAGS,
