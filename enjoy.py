@@ -99,7 +99,7 @@ def parse_args() -> Args:
 
 
 def read(path: Path) -> dict:
-    """A file of plain tensors. Run folders travel: nothing that a pickle asks for is ever run."""
+    """A file of plain tensors. Run folders travel: no pickle's code is run (pi0's programs are)."""
     require(path.is_file(), f"{path}: no such file; give a run folder, usually below runs/")
     try:  # mmap: a checkpoint carries the whole replay, of which nothing is needed
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -9,9 +9,9 @@ moves (`decode`), several noises for one prefix. Learned: a shift of that noise,
 
     w = eps + Delta_theta(s)     eps (chunk, 32) is i.i.d., Delta (32,) the same in every row
 
-Billions of weights cannot be asked in every gradient step, as lpds_continuous.py, to be read first,
-does. So at each query K noises of the prior are decoded besides the one that is executed; replay
-keeps these pairs of noise and action, and Q^W is learned from them.
+lpds_continuous.py, to be read first, decodes in every gradient step: too dear with billions of
+weights. So each query decodes K noises of the prior besides the one that is executed; replay keeps
+these pairs of noise and action, and Q^W is learned from them.
 
     python lpds_libero_pi0.py --delta 0.35
     python lpds_libero_pi0.py --policy lerobot/pi0_libero_finetuned --suite libero_90 --task-id 57
@@ -43,9 +43,9 @@ import torch
 import torch.nn as nn
 import tyro
 
-AT_ONCE = 1  # episodes that enjoy.py plays side by side: a scene takes two gigabytes
+AT_ONCE = 1  # episodes that enjoy.py plays side by side: more would share the one scene
 CAMERAS = "agentview", "robot0_eye_in_hand"
-WEIGHTS = re.compile(r"action_in_proj|language_model.layers.0.self_attn|patch_embedding")
+WEIGHTS = re.compile(r"action_in_proj|language_model.layers.0.self_attn|patch_embedding")  # checked
 FOLDER = tempfile.TemporaryDirectory()  # for LIBERO's configuration, until the program ends
 TINY = Path(__file__).parent / "backbones" / "libero57-tiny-pi0.pt"
 INSTALL = "pip install -r requirements/libero.txt; pip install --no-deps -r requirements/scene.txt"
@@ -140,7 +140,7 @@ def open_scene(env_id: str) -> tuple:  # robosuite's scene, what to do in words,
         require(find_spec(name), f"{name} is missing: {INSTALL}")
     code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
     os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-    logging.disable(logging.WARNING)  # robosuite's, that there is no file of private settings
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an optional file
     # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
     paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
     paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
@@ -170,10 +170,11 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
         self.scene, self.language, self.starts, self.quat2axisangle = open_scene(env_id)
 
     def reset(self, *, seed=None, options=None):
-        """At one of the benchmark's starts: in training of the even ones, else held-out, odd."""
+        """With a seed, even starts (training) or odd (evaluation); without, the same half."""
         super().reset(seed=seed)
         if seed is not None:
             self.half = self.starts[0::2] if options else self.starts[1::2]
+        self.scene.seed(0)  # LIBERO puts furniture by numpy's generator, which is then left seeded
         self.scene.reset()
         self.scene.set_init_state(self.half[self.np_random.integers(len(self.half))])
         for _ in range(10):  # as in lerobot: things settle, the gripper opens
@@ -237,7 +238,7 @@ class Pi0:
     """Phi, frozen. A VLA of your own: a subclass with `prefix`, `decode` and the sizes below.
 
     prefix: two pictures (image, image, 3), state (8,), words -> features (F,), cache (cache_dim,)
-    decode: cache (B, cache_dim), noise (B, chunk, 32) -> moves (B, chunk, 7) in [-1, 1]
+    decode: cache (B, cache_dim), noise (B, chunk, 32) -> moves (B, chunk, 7), clipped by __call__
     """
 
     def __init__(self, file: dict):
@@ -257,7 +258,7 @@ class Pi0:
         return self.denormalize(x[..., :7])
 
 
-class TinyPi0(Pi0):  # in miniature: two programs exported from lerobot's class; on the CPU
+class TinyPi0(Pi0):  # in miniature, on the CPU; exported programs are code: trust who made the file
     def __init__(self, file: dict):
         super().__init__(file)
         self.device, self.steps = "cpu", file["steps"]
@@ -314,8 +315,7 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         pictures = self.policy._preprocess_images(batch)
         words = [batch[f"observation.language.{key}"] for key in ("tokens", "attention_mask")]
         embedded, present, attention = model.embed_prefix(*pictures, *words)
-        mask = self.pi0.make_att_2d_masks(present, attention)
-        mask = self.pi0.prepare_attention_masks_4d(mask)
+        mask = self.pi0.prepare_attention_masks_4d(self.pi0.make_att_2d_masks(present, attention))
         model = model.paligemma_with_expert
         model.paligemma.model.language_model.config._attn_implementation = "eager"  # as lerobot
         inputs = mask, present.cumsum(1) - 1, None, [embedded, None]
@@ -325,16 +325,16 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         features = tokens[:2].mean(1).flatten()  # over the patches of each camera
         layers = [half for layer in past for half in layer[:2]]  # keys, values, keys, ...
         parts = [*layers, present, self.policy.prepare_state(batch)]
-        self.shapes = [part[0].shape for part in parts]
+        self.likes = [part[0].to("meta") for part in parts]  # their shapes and types
         cache = torch.cat([part[0].flatten().float() for part in parts])
         return features.float().cpu().numpy(), cache.cpu().numpy()
 
     def velocity(self, cache, x, time):
-        parts = cache.split([shape.numel() for shape in self.shapes], 1)
-        *layers, present, state = [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
-        layers = [layer.to(self.policy.model.action_in_proj.weight.dtype) for layer in layers]
+        parts = cache.split([like.numel() for like in self.likes], 1)
+        parts = (x.unflatten(1, y.shape).to(y.dtype) for x, y in zip(parts, self.likes))
+        *layers, present, state = parts
         past = self.past(tuple(zip(layers[::2], layers[1::2], [None] * len(layers))))
-        return self.policy.model.denoise_step(state, present.bool(), past, x, time)
+        return self.policy.model.denoise_step(state, present, past, x, time)
 
 
 def Decoder(file: dict) -> Pi0:
@@ -419,7 +419,8 @@ class Agent(nn.Module):
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A at stored noise of the prior (lines 12-15), then its target (line 20)."""
-        obs, k = self.see(batch["obs"]), int(torch.randint(self.args.prior_noises, ()))
+        obs = self.see(batch["obs"])
+        k = int(torch.randint(self.args.prior_noises, ()))  # one for all rows: they are i.i.d.
         with torch.no_grad():
             target = self.q_a(obs, batch["prior_action"][:, k])  # (2, B)
         loss = 0.5 * (self.q_w(obs, batch["noise"][:, k]) - target).square().mean(1).sum()
@@ -452,8 +453,8 @@ class Agent(nn.Module):
 
 class Replay:  # every query of the run, on the learner's device
     def __init__(self, capacity: int, prior_noises: int, decoder: Pi0, device):
-        obs, action, pairs = [decoder.obs_dim], [decoder.action_dim], [prior_noises]
-        shapes = dict(obs=obs, noise=pairs + [decoder.dim], prior_action=pairs + action)
+        obs, action, k = [decoder.obs_dim], [decoder.action_dim], [prior_noises]
+        shapes = dict(obs=obs, noise=k + [decoder.dim], prior_action=k + action)
         shapes |= dict(action=action, reward=[], next_obs=obs, terminated=[])
         self.data = {k: torch.empty(capacity, *shape, device=device) for k, shape in shapes.items()}
         self.size, self.device = 0, device
@@ -514,7 +515,7 @@ if __name__ == "__main__":
     agent = Agent(args, decoder).to(args.device)
     replay = Replay(args.total_timesteps, args.prior_noises, decoder, args.device)
 
-    # Run folder: the one to resume, or a new one; it keeps its decoder, so that it can be moved
+    # Run folder: the one to resume, or a new one; it keeps the tiny policy, or lerobot's path
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"  # unique
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -559,7 +560,7 @@ if __name__ == "__main__":
         log(run, rows)
         if returns[-1] == max(returns):
             save(run / "best.pt", partial(torch.save, state))
-        score = f"return {returns[-1]:.0f} (frozen {returns[0]:.0f}), success {success[-1]:.2f}"
+        score = f"success {success[-1]:.2f} (frozen {success[0]:.2f})"
         print(f"step {global_step:>7}: {score}, alpha {agent.alpha:.3g}", flush=True)
         if global_step >= args.total_timesteps:
             break
@@ -585,12 +586,12 @@ if __name__ == "__main__":
                 real_next_obs[i] = infos["final_obs"][i]
                 ended.append([infos["final_info"]["episode"][key][i] for key in ("r", "l")])
             before = global_step
-            global_step += sum(envs.get_attr("steps"))  # by Query; < execute at an end
+            global_step += sum(envs.get_attr("steps"))  # moves executed: fewer at an end
 
-            # (6) Store. differs from DSRL: only `terminated` ends the bootstrap, no time limit does
-            seen, then = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))
+            # (6) Store. As in dsrl_pi0 only `terminated` ends the bootstrap, no time limit does
+            seen, next_seen = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))
             pairs = noise[None, 1:], action[None, 1:]
-            replay.add(seen, *pairs, action[:1], reward, then, terminated)
+            replay.add(seen, *pairs, action[:1], reward, next_seen, terminated)
             obs = next_obs
 
             # (7) Once, after the prior steps: the units in which networks see state and features
@@ -614,7 +615,6 @@ if __name__ == "__main__":
                 row["charts/SPS"] = global_step / row["wall_seconds"]
                 if ended:
                     row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(ended, 0)
-                row |= info
-                rows.append({key: float(value) for key, value in row.items()})
+                rows.append({key: float(value) for key, value in (row | info).items()})
                 log(run, rows)
                 ended, info = [], {}

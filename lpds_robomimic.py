@@ -3,8 +3,8 @@
 # ///
 """LP-DS on robosuite's Lift, PickPlaceCan and NutAssemblySquare, with a sparse reward.
 
-A fork of lpds_continuous.py, to be read first; their diff is the tasks and their success. Frozen is
-a diffusion policy a = Phi(w; s), cloned from mixed demonstrations; learned is a shift of its noise:
+A fork of lpds_continuous.py, to be read first; new are tasks, decoder and evaluation. Frozen is a
+diffusion policy a = Phi(w; s), cloned from mixed demonstrations; learned is a shift of its noise:
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
@@ -177,7 +177,7 @@ class Task(gym.Env):
         obs, reward, _, _ = self.robosuite.step(action)
         obs = np.concatenate([obs[key] for key in self.keys])
         # differs from DSRL: success (robosuite's reward is 1, else 0) ends the episode
-        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}
+        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for pretraining
 
     def render(self):
         return self.robosuite.sim.render(width=400, height=400, camera_name="frontview")[::-1]
@@ -249,7 +249,8 @@ class Decoder(nn.Module):  # DPPO's residual MLP, sampled by DDIM with eta 0
         self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
-        x, obs = noise, self.cond(obs)
+        x = noise
+        obs = self.cond(obs)  # or as it is
         for time_emb, (a, b, a_next, b_next) in zip(self.time_emb, self.levels):
             h = self.first(torch.cat([x, time_emb.expand(len(x), -1), obs], -1))
             for block in self.blocks:

@@ -39,7 +39,7 @@ class Args:
     batch_size: int = 32
     """frames per gradient step"""
     lr: float = 1e-3
-    """AdamW's first learning rate; a cosine lets it fall"""
+    """AdamW's highest learning rate, at step 100; a cosine lowers it to 1e-5"""
     seed: int = 0
     """of weights and batches"""
 
@@ -105,8 +105,8 @@ def read(path: Path) -> tuple:
     state, action, frames = data["state"], data["action"], data["frame_step"]
     ends = data["length"].cumsum()
     chunks = np.zeros((len(frames), CHUNK, 7), np.float32)
-    for chunk, start, end in zip(chunks, frames, ends[ends.searchsorted(frames, side="right")]):
-        taken = action[start : min(start + CHUNK, end)]
+    for chunk, start in zip(chunks, frames):  # start: a step of the joined episodes
+        taken = action[start : min(start + CHUNK, ends[ends > start][0])]
         chunk[: len(taken)] = taken
         chunk[len(taken) :, 6] = taken[-1, 6]  # after its end the arm rests, the gripper holds
     stats = {}
@@ -222,7 +222,7 @@ def pack(policy, stats: dict) -> dict:
         }
     sizes = dict(image=IMAGE, chunk=CHUNK, execute=EXECUTE, steps=10, time_limit=240)
     sizes |= dict(features=features.shape[1], cache=cache.shape[1])
-    source = "60 scripted demonstrations by backbones/libero57_demonstrator.py (own work, MIT)"
+    source = "scripted demonstrations by backbones/libero57_demonstrator.py (own work, MIT)"
     card = {"source": source, "env_id": "libero_90-57"}
     actions = {key: stats[key] for key in ("action_mean", "action_std")}
     return {"env_id": "libero_90-57", **sizes, **actions, **programs, "card": card}

@@ -174,7 +174,7 @@ class Task(gym.Env):
         obs, reward, _, _ = self.robosuite.step(action)
         obs = np.concatenate([obs[key] for key in self.keys])
         # differs from DSRL: success (robosuite's reward is 1, else 0) ends the episode
-        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}
+        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for pretraining
 
     def render(self):
         return self.robosuite.sim.render(width=400, height=400, camera_name="frontview")[::-1]
@@ -246,7 +246,8 @@ class Decoder(nn.Module):  # DPPO's residual MLP, sampled by DDIM with eta 0
         self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
 
     def forward(self, obs, noise):
-        x, obs = noise, self.cond(obs)
+        x = noise
+        obs = self.cond(obs)  # or as it is
         for time_emb, (a, b, a_next, b_next) in zip(self.time_emb, self.levels):
             h = self.first(torch.cat([x, time_emb.expand(len(x), -1), obs], -1))
             for block in self.blocks:
