@@ -554,3 +554,6 @@ def test_lerobots_class_behind_the_same_interface_does_the_same(exported, tmp_pa
             torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=0
         )
     assert (full.obs_dim, full.dim, full.action_dim) == (136, 512, 56)
+    full.policy.model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
+    moves = decoded(full, noise)[1]  # keys in bfloat16, the state in float32, as published
+    torch.testing.assert_close(moves, expected, atol=0.05, rtol=0)
