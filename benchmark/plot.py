@@ -330,11 +330,11 @@ def curve(of: list, kind: str) -> tuple:
 
 def draw_curves(axis, here: list, kind: str, looks: dict) -> None:
     """A line for every arm: its finished runs, or all while none is."""
-    for name, of in group(here, "frozen").items():
+    for of in group(here, "frozen").values():
         mean, low, high = 0, 0, 0  # of entropy, which is told as a difference
         if kind != "entropy":
             mean, low, high = level([[r["evals"][key][0] for key in ("return", kind)] for r in of])
-        axis.axhline(mean, **GREY, label=name)
+        axis.axhline(mean, **GREY, label="frozen")
         axis.axhspan(low, high, color="0.45", alpha=0.15, lw=0)
     for name, of in group(here, "arm").items():
         of = [r for r in of if not r["left_out"]] or of
@@ -363,16 +363,16 @@ def draw_front(axis, here: list, score: str, looks: dict) -> None:
     """Score against entropy, a line for every policy through its temperatures."""
     lines = {}
     for name, of in group(here, "frozen").items():
-        lines[name] = front(of, "frozen", score), GREY | {"marker": "o"}
+        lines[name] = front(of, "frozen", score), GREY | {"marker": "o", "label": "frozen"}
     for name, of in group(here, "arm").items():
-        lines[name] = front(of, "steered", score), looks[name]
+        lines[name] = front(of, "steered", score), looks[name] | {"label": name}
     known = np.concatenate([x[np.isfinite(x)] for (x, _, _), _ in lines.values()])
     span = max(np.ptp(known), 1)
     edge = known.min() - 0.15 * span
     axis.axvline(known.min() - 0.08 * span, color="0.7", lw=0.8, ls=":")
-    for name, ((x, y, limits), line) in lines.items():
+    for (x, y, limits), line in lines.values():
         x = np.where(np.isfinite(x), x, edge)
-        style = line | dict(mfc="white", lw=1.4, ms=5, elinewidth=0.6, label=name)
+        style = line | dict(mfc="white", lw=1.4, ms=5, elinewidth=0.6)
         axis.errorbar(x, y, abs(limits - y), **style)
         axis.plot(x[:1], y[:1], line["marker"], color=line["color"], ms=5, zorder=3)
     axis.set(xlabel="action entropy, less frozen (nats)")
