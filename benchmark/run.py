@@ -196,8 +196,8 @@ def plan(run: Run):
 
 def environment(run: Run) -> dict:
     """One thread a run, as its matrices are small; who asked for no GPU sees none."""
-    hidden = {} if run.resources["num_gpus"] else {"CUDA_VISIBLE_DEVICES": ""}
-    return {"OMP_NUM_THREADS": "1"} | hidden
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "MUJOCO_EGL_DEVICE_ID": "0"}  # or robosuite parses the ""
+    return {"OMP_NUM_THREADS": "1"} | ({} if run.resources["num_gpus"] else hidden)
 
 
 def note_start(run: Run) -> None:

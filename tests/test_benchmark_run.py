@@ -229,6 +229,16 @@ def test_results_are_what_plot_reads_and_name_no_place(tmp_path, spec, capsys):
     assert first["starts"] and not [place for place in places if f"{place}/" in text]
 
 
+def test_robosuite_can_draw_in_a_run_that_sees_no_gpu(tmp_path, spec):
+    [run] = bench.load_spec(spec(arms=moody("works")), tmp_path)
+    code = "from robosuite.renderers.context.egl_context import *; GLContext = EGLGLContext(9, 9)"
+    env = os.environ | {"MUJOCO_GL": "egl"}
+    if subprocess.run([sys.executable, "-c", code], env=env, **HOW).returncode:
+        pytest.skip("nothing can be drawn here at all")
+    done = subprocess.run([sys.executable, "-c", code], env=env | bench.environment(run), **HOW)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_spec_edited_after_its_runs_is_not_given_their_results(tmp_path, spec, capsys):
     [run] = bench.load_spec(spec(arms=moody("works")), tmp_path / "runs")
     bench.work(run)
