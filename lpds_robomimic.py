@@ -44,14 +44,15 @@ except ModuleNotFoundError:
 # What differs from Args; delta is table 2's, gamma DSRL's (arXiv 2506.15799)
 DEFAULTS = {
     "Lift": dict(backbone="robomimic-lift-diffusion.pt", delta=0.10, total_timesteps=60_000),
-    "NutAssemblySquare": dict(gamma=0.999),  # it and PickPlaceCan need a --backbone
+    "PickPlaceCan": dict(backbone="robomimic-can-diffusion.pt"),
+    "NutAssemblySquare": dict(gamma=0.999),  # needs a --backbone
 }
 
 
 @dataclass
 class Args:
     env_id: str = "Lift"
-    """Lift; with --backbone also PickPlaceCan and NutAssemblySquare"""
+    """Lift or PickPlaceCan; with --backbone also NutAssemblySquare"""
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
     seed: int = 1

@@ -49,14 +49,15 @@ except ModuleNotFoundError:
 # What differs from Args; gamma is DSRL's
 DEFAULTS = {
     "Lift": dict(backbone="robomimic-lift-diffusion.pt", total_timesteps=60_000),
-    "NutAssemblySquare": dict(gamma=0.999),  # it and PickPlaceCan need a --backbone
+    "PickPlaceCan": dict(backbone="robomimic-can-diffusion.pt"),
+    "NutAssemblySquare": dict(gamma=0.999),  # needs a --backbone
 }
 
 
 @dataclass
 class Args:
     env_id: str = "Lift"
-    """Lift; with --backbone also PickPlaceCan and NutAssemblySquare"""
+    """Lift or PickPlaceCan; with --backbone also NutAssemblySquare"""
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
     seed: int = 1
