@@ -130,7 +130,9 @@ def main(
     print(json.dumps(numbers, indent=1))
     for k in (4, 8, 16, 40):
         where = [i for i in np.flatnonzero(fell) if last[i] >= k][:states]
-        found = [between_noises(agent, make, seen[last[i] - k][i], 16, 8, 60, i) for i in where]
+        found = [
+            between_noises(agent, make, seen[last[i] - k][i], 16, 8, 60, int(i)) for i in where
+        ]
         mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
         numbers[f"noises, {k} chunks before"] = mean | {"states": len(found)}
         print(k, numbers[f"noises, {k} chunks before"], flush=True)
