@@ -20,6 +20,7 @@ import run as bench
 import tyro
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 from tyro.conf import Positional
 
 HERE = Path(__file__).resolve().parent
@@ -32,16 +33,14 @@ SCORED = [f"{what}, tau {tau}" for what, tau, _ in SHOWN]  # in tables; figures 
 # In numpy, not with the authors' package: rliable 1.2.0 does not run with pandas 3, and draws from
 # numpy's global generator whatever random_state it gets. The numbers agree, see the tests.
 def iqm(*strata):
-    """Interquartile mean over the last axis of all strata together: at either end a quarter,
-    rounded down, is cut."""
+    """Interquartile mean over the last axis of all strata: a quarter is cut at either end."""
     scores = np.sort(np.concatenate(strata, -1), -1)
     cut = scores.shape[-1] // 4
     return scores[..., cut : scores.shape[-1] - cut].mean(-1)
 
 
 def improvement(*strata):
-    """P(X > Y) + P(X = Y) / 2 for a random run of each: Mann-Whitney's U, averaged over strata
-    x1, ..., y1, ..."""
+    """P(X > Y) + P(X = Y) / 2 for random runs (Mann-Whitney's U), mean over strata x1 .. y1 .."""
     half = len(strata) // 2
     found = []
     for x, y in zip(strata[:half], strata[half:]):
@@ -51,8 +50,7 @@ def improvement(*strata):
 
 
 def interval(statistic, *strata, draws: int = 10_000):
-    """95 % percentile interval: runs (last axis) drawn with replacement, in every stratum
-    (environment) by itself."""
+    """95 % percentile interval: runs (last axis) drawn with replacement, in every stratum alone."""
     rng = np.random.default_rng(0)
     drawn = [s[..., rng.integers(s.shape[-1], size=(draws, s.shape[-1]))] for s in strata]
     return np.percentile(statistic(*drawn), [2.5, 97.5], axis=-1)
@@ -61,10 +59,8 @@ def interval(statistic, *strata, draws: int = 10_000):
 # --- Reading ---
 def group(runs: list, key: str) -> dict:
     """Value of r[key] -> the runs that have it."""
-    groups = {}
-    for r in runs:
-        groups.setdefault(r[key], []).append(r)
-    return groups
+    values = dict.fromkeys(r[key] for r in runs)
+    return {value: [r for r in runs if r[key] == value] for value in values}
 
 
 def read(run, results: Path) -> dict:
@@ -402,6 +398,11 @@ def make_figure(path: Path, spec: dict, runs: list, kind: str) -> None:
     caption = textwrap.fill(FRONT if kind == "front" else CURVES, int(15 * figure.get_figwidth()))
     figure.supxlabel(caption, fontsize=8, color="0.3")
     figure.savefig(path, dpi=120, metadata={"Software": None})
+    shrink(path)
+
+
+def shrink(path: Path) -> None:  # to 256 colours, a third of the size
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def write(spec: dict, runs: list, results: Path, figures: Path) -> None:

@@ -103,6 +103,7 @@ def draw_paths(path: Path, runs: list, results: Path) -> None:
         panels["frozen"] = frozen, mode[0]
         panels[arm] = steered, mode[-1]
     lpds_toy.draw(path, WORLDS[runs[0]["env_id"]], panels)
+    plot.shrink(path)
 
 
 def draw_modes(path: Path, spec: dict, runs: list) -> None:
@@ -124,6 +125,7 @@ def draw_modes(path: Path, spec: dict, runs: list) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.supxlabel("thousand environment steps; thin: single seeds, thick: their mean")
     figure.savefig(path, dpi=100, metadata={"Software": None})
+    plot.shrink(path)
 
 
 def main(
