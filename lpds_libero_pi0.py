@@ -13,7 +13,7 @@ lpds_continuous.py, to be read first, decodes in every gradient step: too dear w
 weights. So each query decodes K noises of the prior besides the one that is executed; replay keeps
 these pairs of noise and action, and Q^W is learned from them.
 
-    python lpds_libero_pi0.py --delta 0.35
+    python lpds_libero_pi0.py --delta 0.01
     python lpds_libero_pi0.py --policy lerobot/pi0_libero_finetuned --suite libero_90 --task-id 57
     python lpds_libero_pi0.py --resume runs/RUN_FOLDER
 
@@ -69,8 +69,8 @@ class Args:
     """where run folders are made"""
     resume: str = ""
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
-    delta: float = 0.35
-    """budget of E||Delta||^2: small keeps pi0's variety, large gives it up; try 0.05 to 1"""
+    delta: float = 0.01
+    """budget of E||Delta||^2: d is large here, so a small one is a far shift; try 0.003 to 0.05"""
     delta_norm: Literal["sum", "mean"] = "mean"
     """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     hidden_size: int = 128

@@ -7,16 +7,20 @@ import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.stats
 import torch
 from conftest import ROOT, decoder_file
 
 sys.path[:0] = [str(ROOT / "benchmark" / "studies"), str(ROOT / "baselines")]
 import dsrl_adroit_flow  # noqa: E402
 import entropy_sources as sources  # noqa: E402
+import falls  # noqa: E402
 import shifts  # noqa: E402
+import temperature  # noqa: E402
 
 import lpds_adroit_flow  # noqa: E402
 
@@ -204,3 +208,73 @@ def test_the_pages_have_the_tables_of_the_committed_numbers(study):
     results = json.loads((ROOT / f"benchmark/results/{study.__name__}.json").read_text())
     page = (ROOT / f"docs/studies/{study.__name__}.md").read_text()
     assert study.markdown(results) in page and results["date"] in page
+
+
+# --- falls, temperature ---
+
+
+def test_values_before_falls_by_hand():
+    """Two episodes of 120 chunks; the first falls in its last, and its value falls to 0 before."""
+    q = np.full((120, 2), 7.0)
+    q[:, 1] = np.linspace(6, 8, 120)
+    q[-3:, 0] = 4, 2, 0
+    last, fell = np.array([119, 119]), np.array([True, False])
+    found = falls.before_falls(q, last, fell, (1, 2, 50))
+    assert (found["1"]["mean"], found["2"]["mean"], found["50"]["mean"]) == (2, 4, 7)
+    assert found["1"]["auc"] == 1 and found["1"]["falls"] == 1
+    calm = np.concatenate([q[19:79, 0], q[19:79, 1]])
+    assert found["calm"] == calm.mean() and found["50"]["auc"] == (7 < calm).mean()
+
+
+def test_rank_correlation_is_scipys():
+    x, y = np.random.default_rng(0).normal(size=(2, 30))
+    expected = scipy.stats.spearmanr(x, y).statistic
+    assert falls.rank_correlation(x, y) == pytest.approx(expected)
+
+
+class Counting(gym.Env):
+    """Pays 1 a step, and is over when its counter, a state that can be set, reaches 5."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, **kwargs):
+        self.t = 0.0
+        return np.zeros(2, np.float32), {}
+
+    def set_state(self, qpos, qvel):
+        self.t = float(qpos[0])
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), float(action[0]), self.t >= 5, False, {}
+
+
+def test_noises_are_played_from_the_state_and_ranked_by_what_came_out():
+    agent = SimpleNamespace(
+        decoder=lambda obs, w: w, steer=lambda obs, eps: eps, args=SimpleNamespace(gamma=0.5)
+    )
+    agent.decoder.dim = 1
+    agent.act = lambda obs, eps: torch.zeros_like(eps)  # what follows pays nothing
+    agent.q_a = lambda obs, x: torch.stack([x[:, 0], x[:, 0] + 1])  # so this ranks without fault
+    agent.q_w = lambda obs, x: torch.stack([-x[:, 0], 1 - x[:, 0]])
+    state = torch.zeros(2), np.zeros(1), np.zeros(1)
+    found = falls.between_noises(agent, Counting, state, 6, 4, horizon=4, seed=0)
+    assert found == {"q_a": 1, "q_w": -1, "halves": 1, "fell": 0}
+    late = torch.zeros(2), np.array([3.0]), np.zeros(1)
+    assert falls.between_noises(agent, Counting, late, 6, 4, horizon=4, seed=0)["fell"] == 1
+
+
+def test_training_at_a_temperature_still_finds_its_three_lines():
+    source = temperature.changed(temperature.SCRIPT.read_text())
+    assert source.count("TAU") == 3
+    compile(source, "changed", "exec")
+
+
+def test_the_page_of_walker2d_quotes_its_files():
+    page = (ROOT / "docs" / "studies" / "walker2d.md").read_text()
+    runs = json.loads((ROOT / "benchmark" / "results" / "falls.json").read_text())
+    for numbers in runs.values():
+        for k in (4, 8, 16, 40):
+            found = numbers[f"noises, {k} chunks before"]
+            cells = f"{k} | {found['q_a']:.2f} | {found['q_w']:.2f} | {found['halves']:.2f}"
+            assert cells in page
