@@ -91,9 +91,7 @@ def between_noises(agent, make, state, noises: int, repeats: int, horizon: int, 
     return {
         "q_a": rank_correlation(q_a, mean),
         "q_w": rank_correlation(q_w, mean),
-        "halves": rank_correlation(
-            *halves
-        ),  # of the outcomes with themselves: a perfect critic gets more
+        "halves": rank_correlation(*halves),  # a perfect critic gets more than this
         "fell": float(1 - alive.mean()),
     }
 
