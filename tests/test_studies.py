@@ -233,7 +233,8 @@ def test_rank_correlation_is_scipys():
 
 
 class Counting(gym.Env):
-    """Pays 1 a step, and is over when its counter, a state that can be set, reaches 5."""
+    """Pays the first action once, and takes thrice that back in every later step; over when its
+    counter, a state that can be set, reaches 5."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
 
@@ -242,19 +243,23 @@ class Counting(gym.Env):
         return np.zeros(2, np.float32), {}
 
     def set_state(self, qpos, qvel):
-        self.t = float(qpos[0])
+        self.t, self.first = float(qpos[0]), None
 
     def step(self, action):
         self.t += 1
-        return np.zeros(2, np.float32), float(action[0]), self.t >= 5, False, {}
+        if self.first is None:
+            self.first = reward = float(action[0])
+        else:
+            reward = -3 * self.first  # discounted by 1/4 it leaves the first in the lead
+        return np.zeros(2, np.float32), reward, self.t >= 5, False, {}
 
 
 def test_noises_are_played_from_the_state_and_ranked_by_what_came_out():
     agent = SimpleNamespace(
-        decoder=lambda obs, w: w, steer=lambda obs, eps: eps, args=SimpleNamespace(gamma=0.5)
+        decoder=lambda obs, w: w, steer=lambda obs, eps: eps, args=SimpleNamespace(gamma=0.25)
     )
     agent.decoder.dim = 1
-    agent.act = lambda obs, eps: torch.zeros_like(eps)  # what follows pays nothing
+    agent.act = lambda obs, eps: torch.zeros_like(eps)  # what follows does not matter
     agent.q_a = lambda obs, x: torch.stack([x[:, 0], x[:, 0] + 1])  # so this ranks without fault
     agent.q_w = lambda obs, x: torch.stack([-x[:, 0], 1 - x[:, 0]])
     state = torch.zeros(2), np.zeros(1), np.zeros(1)
