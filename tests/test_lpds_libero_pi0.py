@@ -5,6 +5,7 @@ python -m pytest tests/test_lpds_libero_pi0.py -k lerobots_class
 """
 
 import json
+import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -234,6 +235,26 @@ def test_success_ends_the_chunk_and_is_free_and_the_limit_truncates():
 
 
 # --- the real scene ---
+
+FURNITURE = """
+import numpy as np
+import lpds_libero_pi0 as libero
+task, places = libero.LiberoTask("libero_goal-0"), []
+for seed in (1, 2):
+    np.random.seed(seed)
+    task.reset(seed=3)
+    places.append(task.scene.sim.model.body_pos.copy())
+assert (places[0] == places[1]).all(), abs(places[0] - places[1]).max()
+"""
+
+
+@scene
+@pytest.mark.slow
+def test_furniture_stands_where_the_seed_of_the_reset_says():  # a program has one scene
+    done = subprocess.run(
+        [sys.executable, "-c", FURNITURE], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
