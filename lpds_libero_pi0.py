@@ -15,7 +15,6 @@ these pairs of noise and action, and Q^W is learned from them.
 
     python lpds_libero_pi0.py --delta 0.01
     python lpds_libero_pi0.py --policy lerobot/pi0_libero_finetuned --suite libero_90 --task-id 57
-    python lpds_libero_pi0.py --resume runs/RUN_FOLDER
 
 Results, metrics, departures, your own VLA: docs/lpds_libero_pi0.md. To fork, copy this file.
 """
@@ -530,8 +529,9 @@ if __name__ == "__main__":
     save(run / "backbone.pt", partial(torch.save, file))
     save(run / "args.json", partial(Path.write_text, data=json.dumps(asdict(args), indent=1)))
 
-    def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
+    def stop(*_):  # sys.exit within numba, which robosuite calls, becomes an error of numba's
+        print(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'", file=sys.stderr)
+        os._exit(1)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -9,8 +9,6 @@ diffusion policy a = Phi(w; s), cloned from mixed demonstrations; learned is a s
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
     python lpds_robomimic.py --env-id Lift
-    python lpds_robomimic.py --resume runs/RUN_FOLDER
-    python enjoy.py runs/RUN_FOLDER --temperature 1 0.5 0 --video lift.mp4
 
 Results, decoders, departures: docs/lpds_robomimic.md. To fork, copy this file and entropy.py.
 """
@@ -18,6 +16,7 @@ Results, decoders, departures: docs/lpds_robomimic.md. To fork, copy this file a
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -38,8 +37,8 @@ from entropy import knn_entropy
 logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an optional file
 try:
     import robosuite
-except ModuleNotFoundError:
-    sys.exit("error: robosuite is missing: pip install -r requirements/robomimic.txt")
+except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, without OpenGL
+    sys.exit(f"error: {error}: pip install -r requirements/robomimic.txt; apt-get install libegl1")
 
 # What differs from Args; delta is table 2's, gamma DSRL's (arXiv 2506.15799)
 DEFAULTS = {
@@ -51,7 +50,7 @@ DEFAULTS = {
 
 @dataclass
 class Args:
-    env_id: str = "Lift"
+    env_id: Literal["Lift", "PickPlaceCan", "NutAssemblySquare"] = "Lift"
     """Lift or PickPlaceCan; with --backbone also NutAssemblySquare"""
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
@@ -473,8 +472,9 @@ if __name__ == "__main__":
 
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
-    def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
+    def stop(*_):  # sys.exit within numba, which robosuite calls, becomes an error of numba's
+        print(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'", file=sys.stderr)
+        os._exit(1)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

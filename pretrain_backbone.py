@@ -322,8 +322,7 @@ def play(decoder: Backbone, file: dict, env, seed: int) -> tuple:
             obs, _, terminated, truncated, info = env.step(action.numpy())
             survived = truncated and not terminated  # success, where the environment flags none
             success = success or bool(info.get("success", survived))
-            ended = terminated or truncated
-            if ended:
+            if ended := terminated or truncated:
                 break
     return info["episode"]["r"], info["episode"]["l"], success
 
@@ -347,8 +346,9 @@ def finish(args: Args, file: dict, decoder: Backbone, env) -> None:
     temporary = Path(f"{args.output}.tmp")
     torch.save(file | {"card": card}, temporary)
     temporary.replace(args.output)  # so that a crash never leaves half a file
-    script = "lpds_adroit_flow.py" if decoder.solver == "heun" else "lpds_continuous.py"
-    run = f"python {script} --env-id {args.env_id or 'ENV_ID'} --backbone {args.output}"
+    script = "lpds_adroit_flow" if decoder.solver == "heun" else "lpds_continuous"
+    script, env_id = args.env_id.split(":") if "lpds_" in args.env_id else (script, args.env_id)
+    run = f"python {script}.py --env-id {env_id or 'ENV_ID'} --backbone {args.output}"
     print(f"wrote {args.output}; steer it with: {run}")
 
 

@@ -22,6 +22,7 @@ import gc
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -43,8 +44,8 @@ from entropy import knn_entropy  # noqa: E402
 logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an optional file
 try:
     import robosuite
-except ModuleNotFoundError:
-    sys.exit("error: robosuite is missing: pip install -r requirements/robomimic.txt")
+except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, without OpenGL
+    sys.exit(f"error: {error}: pip install -r requirements/robomimic.txt; apt-get install libegl1")
 
 # What differs from Args; gamma is DSRL's
 DEFAULTS = {
@@ -56,7 +57,7 @@ DEFAULTS = {
 
 @dataclass
 class Args:
-    env_id: str = "Lift"
+    env_id: Literal["Lift", "PickPlaceCan", "NutAssemblySquare"] = "Lift"
     """Lift or PickPlaceCan; with --backbone also NutAssemblySquare"""
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
@@ -479,8 +480,9 @@ if __name__ == "__main__":
 
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
-    def stop(*_):
-        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'")
+    def stop(*_):  # sys.exit within numba, which robosuite calls, becomes an error of numba's
+        print(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'", file=sys.stderr)
+        os._exit(1)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -3,8 +3,10 @@
 What it shares with lpds_continuous.py is the same text (test_shared_code.py) and tested there.
 """
 
+import ctypes
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -27,7 +29,7 @@ from conftest import (
     only_run,
 )
 
-pytest.importorskip("robosuite")
+robosuite = pytest.importorskip("robosuite")
 import lpds_robomimic as robomimic  # noqa: E402
 from pretrain_backbone import Backbone  # noqa: E402
 from pretrain_backbone import play as play_frozen  # noqa: E402
@@ -327,12 +329,44 @@ def start(code, *path):
     return subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True)
 
 
+REMEDY = ": pip install -r requirements/robomimic.txt; apt-get install libegl1\n"
+
+
+@pytest.mark.parametrize("code", ["import robosuit", "None.eglQueryString"])  # no OpenGL: as that
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_robosuite_it_says_what_to_install(script, tmp_path):
-    (tmp_path / "robosuite.py").write_text("raise ModuleNotFoundError")
+def test_without_robosuite_or_opengl_it_says_what_to_install(script, code, tmp_path):
+    (tmp_path / "robosuite.py").write_text(code)
     done = start([ROOT / script], tmp_path)
-    said = "error: robosuite is missing: pip install -r requirements/robomimic.txt\n"
-    assert done.returncode == 1 and done.stderr == said
+    assert done.returncode == 1 and done.stderr.endswith(REMEDY)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def signal_in_every_step():
+    """SIGINT in a callback from C, where Python drops exceptions: numba's do likewise."""
+    make = robosuite.make
+
+    def disturbed(*args, **options):
+        env = make(*args, **options)
+        step, disturb = env.step, lambda: os.kill(os.getpid(), signal.SIGINT)
+        env.step = lambda action: ctypes.CFUNCTYPE(None)(disturb)() or step(action)
+        return env
+
+    robosuite.make = disturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_stops_the_run_wherever_it_comes(script, tmp_path):
+    flags = "--total-timesteps 2000 --prior-steps 500 --warmup-steps 500 --eval-every 1000"
+    flags = [*flags.split(), "--num-envs", 1, "--eval-episodes", 1]
+    code, _, error = call(tmp_path, script, *flags, before=signal_in_every_step)
+    assert code == 1 and error.startswith("stopped; go on with: python") and error.count("\n") == 1
+    assert (only_run(tmp_path) / "checkpoint.pt").exists()
+
+
+def test_a_task_that_does_not_exist_is_told_the_others():
+    done = start([ROOT / "lpds_robomimic.py", "--env-id", "Can"])
+    assert done.returncode == 2 and "'NutAssemblySquare'" in done.stderr
 
 
 def test_robosuite_says_nothing_first():

@@ -529,6 +529,13 @@ def test_without_an_environment_the_card_has_no_score(npz, script):
     assert np.isnan(file["card"]["held_out_loss"])
 
 
+def test_it_names_the_script_whose_task_it_is(npz, script, tmp_path, capsys):
+    file = script(npz(), "--kind flow")[3]
+    args = pb.Args(output=str(tmp_path / "lift.pt"), env_id="lpds_robomimic:Lift")
+    pb.finish(args, file, phi(file), None)
+    assert "python lpds_robomimic.py --env-id Lift --backbone" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_an_environment_without_mujoco_is_cloned_and_steered(tmp_path):
     env, rows = gym.make("Pendulum-v1"), []
