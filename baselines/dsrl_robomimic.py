@@ -51,14 +51,14 @@ except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, with
 DEFAULTS = {
     "Lift": dict(backbone="robomimic-lift-diffusion.pt", total_timesteps=60_000),
     "PickPlaceCan": dict(backbone="robomimic-can-diffusion.pt"),
-    "NutAssemblySquare": dict(gamma=0.999),  # needs a --backbone
+    "NutAssemblySquare": dict(backbone="robomimic-square-diffusion.pt", gamma=0.999),
 }
 
 
 @dataclass
 class Args:
     env_id: Literal["Lift", "PickPlaceCan", "NutAssemblySquare"] = "Lift"
-    """Lift or PickPlaceCan; with --backbone also NutAssemblySquare"""
+    """task, by its name in robosuite"""
     backbone: str = ""
     """decoder file, or the name of one in backbones/"""
     seed: int = 1
@@ -179,7 +179,7 @@ class Task(gym.Env):
         return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for pretraining
 
     def render(self):
-        return self.robosuite.sim.render(width=400, height=400, camera_name="frontview")[::-1]
+        return self.robosuite.sim.render(width=400, height=400, camera_name="agentview")[::-1]
 
 
 for task, horizon in dict(Lift=300, PickPlaceCan=300, NutAssemblySquare=400).items():
