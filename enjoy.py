@@ -163,10 +163,10 @@ def measure(policies: dict, tau: float, agent, run_args, obs) -> dict:
 
     if hasattr(agent, "perturbation"):  # LP-DS; other methods have no Delta
         sum_norm = float(agent.perturbation(obs).square().sum(1).mean())
-        numbers["steered"]["sq_norm"] = sum_norm / d if run_args.delta_norm == "mean" else sum_norm
+        mean = getattr(run_args, "delta_norm", "mean") == "mean"  # pi0's has no other
+        numbers["steered"]["sq_norm"] = sum_norm / d if mean else sum_norm
         if hasattr(agent, "steer") and tau > 0:  # it shifts noise, and not actions as LP-DS-A
-            narrowing = d * (tau**2 - 1 - 2 * math.log(tau))
-            numbers["steered"]["kl"] = 0.5 * (sum_norm + narrowing)  # of N(Delta, tau^2 I)
+            numbers["steered"]["kl"] = 0.5 * (sum_norm + d * (tau**2 - 1 - 2 * math.log(tau)))
     return numbers
 
 

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "gymnasium>=1.1", "mujoco<3.9", "robosuite==1.4.1", "tyro>=0.9"]
 # ///
 """LP-DS on a vision-language-action policy: pi0 in a task of LIBERO, seen by two cameras.
@@ -14,7 +13,6 @@ weights. So each query decodes K noises of the prior besides the one that is exe
 these pairs of noise and action, and Q^W is learned from them.
 
     python lpds_libero_pi0.py --delta 0.01
-    python lpds_libero_pi0.py --policy lerobot/pi0_libero_finetuned --suite libero_90 --task-id 57
 
 Results, metrics, departures, your own VLA: docs/lpds_libero_pi0.md. To fork, copy this file.
 """
@@ -34,7 +32,6 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -70,8 +67,6 @@ class Args:
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     delta: float = 0.01
     """budget of E||Delta||^2: d is large here, so a small one is a far shift; try 0.003 to 0.05"""
-    delta_norm: Literal["sum", "mean"] = "mean"
-    """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     hidden_size: int = 128
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -156,8 +151,7 @@ def open_scene(env_id: str) -> tuple:  # robosuite's scene, what to do in words,
     tasks = get_benchmark(suite)()
     task = tasks.get_task(int(task_id))
     file = paths["bddl_files"] / task.problem_folder / task.bddl_file
-    options = dict(hard_reset=False, use_camera_obs=False)  # pictures cost: on request only
-    scene = OffScreenRenderEnv(bddl_file_name=str(file), **options)
+    scene = OffScreenRenderEnv(bddl_file_name=str(file), hard_reset=False, use_camera_obs=False)
     return scene, task.language, tasks.get_task_init_states(int(task_id)), quat2axisangle
 
 
@@ -372,15 +366,17 @@ class Agent(nn.Module):
     def __init__(self, args: Args, decoder: Pi0):
         super().__init__()
         self.args, self.decoder = args, decoder
-        obs_dim, d, width = decoder.obs_dim, decoder.dim, args.hidden_size
+        obs_dim, width = decoder.obs_dim, args.hidden_size
         self.register_buffer("mean", torch.zeros(obs_dim))  # of the prior phase
         self.register_buffer("std", torch.ones(obs_dim))
-        self.shift = mlp(obs_dim, 32, width)  # Delta_theta
+        self.shift = mlp(obs_dim, 32, width)  # Delta_theta, one row
         for zero in self.shift[-1].parameters():
             nn.init.zeros_(zero)  # the first policy is the frozen one
         self.q_a = TwinCritic(mlp(obs_dim + decoder.action_dim, 1, width) for _ in range(2))
-        self.q_w = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
-        self.q_w_target = TwinCritic(mlp(obs_dim + d, 1, width) for _ in range(2))
+        self.q_w = TwinCritic(mlp(obs_dim + 32, 1, width) for _ in range(2))  # see mean_row
+        self.q_w_target = TwinCritic(mlp(obs_dim + 32, 1, width) for _ in range(2))
+        for q in [*self.q_a, *self.q_w]:  # from 0, what was never tried would look like success
+            nn.init.constant_(q[-1].bias, -1 / (1 - args.gamma))  # as if it never came
         self.q_w_target.load_state_dict(self.q_w.state_dict())
         self.register_buffer("alpha", torch.tensor(1.0))
         self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
@@ -394,8 +390,12 @@ class Agent(nn.Module):
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return noise + self.perturbation(obs)
 
+    def mean_row(self, w):  # (B, d) -> (B, 32), N(0, I) as the prior; what Q^W sees of w
+        # differs from the paper: all that Delta moves. The rest of w is independent of it
+        return w.unflatten(1, (self.decoder.chunk, 32)).mean(1) * self.decoder.chunk**0.5
+
     @torch.no_grad()
-    def act(self, obs, noise):  # the steered policy: eps (B, d) -> action chunk (B, d)
+    def act(self, obs, noise):  # the steered policy: eps (B, d) -> moves (B, action_dim)
         return self.decoder(obs, self.steer(obs, noise))
 
     def descend(self, network, loss) -> None:  # a step of this network alone
@@ -406,10 +406,10 @@ class Agent(nn.Module):
     def update_action_critic(self, batch: dict) -> dict:
         """Q^A by TD on the chunks that were executed (Algorithm 1, lines 8-11)."""
         with torch.no_grad():
-            # SAC's target without the entropy bonus, for what the steered policy does next.
-            # differs from the paper: line 10 decodes it; here Q^W values its noise as it is
-            w = self.steer(batch["next_obs"], torch.randn_like(batch["noise"][:, 0]))
-            next_value = self.q_w_target(self.see(batch["next_obs"]), w).min(0).values  # (B,)
+            # SAC's target without its bonus. differs from the paper: line 10 decodes w, but replay
+            # has no cache; and the mean of the twins: they differ, and min adds up over backups
+            w = self.mean_row(self.steer(batch["next_obs"], torch.randn_like(batch["noise"][:, 0])))
+            next_value = self.q_w_target(self.see(batch["next_obs"]), w).mean(0)  # (B,)
             target = batch["reward"] + self.args.gamma * (1 - batch["terminated"]) * next_value
         q = self.q_a(self.see(batch["obs"]), batch["action"])  # (2, B)
         loss = 0.5 * (q - target).square().mean(1).sum()
@@ -419,10 +419,11 @@ class Agent(nn.Module):
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A at stored noise of the prior (lines 12-15), then its target (line 20)."""
         obs = self.see(batch["obs"])
-        k = int(torch.randint(self.args.prior_noises, ()))  # one for all rows: they are i.i.d.
+        k = int(torch.randint(self.args.prior_noises, ()))  # one for the batch: the K are i.i.d.
         with torch.no_grad():
             target = self.q_a(obs, batch["prior_action"][:, k])  # (2, B)
-        loss = 0.5 * (self.q_w(obs, batch["noise"][:, k]) - target).square().mean(1).sum()
+        q = self.q_w(obs, self.mean_row(batch["noise"][:, k]))
+        loss = 0.5 * (q - target).square().mean(1).sum()
         self.descend(self.q_w, loss)
         with torch.no_grad():
             for slow, fast in zip(self.q_w_target.parameters(), self.q_w.parameters()):
@@ -434,9 +435,8 @@ class Agent(nn.Module):
         # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
         noise = torch.randn_like(batch["noise"][:, 0])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        value = self.q_w(self.see(batch["obs"]), noise + shift).min(0).values  # (B,)
-        sum_norm = shift.square().sum(1).mean()  # E||Delta||^2 as equation 7 prints it
-        sq_norm = sum_norm if self.args.delta_norm == "sum" else sum_norm / shift.shape[1]
+        value = self.q_w(self.see(batch["obs"]), self.mean_row(noise + shift)).mean(0)  # (B,)
+        sq_norm = shift.square().mean()  # E||Delta||^2 over d; equation 7 prints the sum
         loss = self.alpha * (sq_norm - self.args.delta) - value.mean()
         self.descend(self.shift, loss)
 
@@ -445,8 +445,8 @@ class Agent(nn.Module):
         violation = sq_norm.detach() / self.args.delta - 1  # relative, at least -1; 5 caps outliers
         self.alpha.mul_((0.01 * violation.clamp(max=5)).exp()).clamp_(min=1e-6)
         info = {"trust_region/sq_norm": sq_norm, "trust_region/violation": violation}
-        info |= {"trust_region/alpha": self.alpha.clone(), "trust_region/kl": 0.5 * sum_norm}
-        info["losses/perturbation"] = loss
+        info |= {"trust_region/alpha": self.alpha.clone(), "losses/perturbation": loss}
+        info["trust_region/kl"] = 0.5 * noise.shape[1] * sq_norm
         return {key: value.detach() for key, value in info.items()}
 
 
@@ -590,8 +590,8 @@ if __name__ == "__main__":
 
             # (6) Store. As in dsrl_pi0 only `terminated` ends the bootstrap, no time limit does
             seen, next_seen = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))
-            pairs = noise[None, 1:], action[None, 1:]
-            replay.add(seen, *pairs, action[:1], reward, next_seen, terminated)
+            w, a = noise[None, 1:], action[None, 1:]
+            replay.add(seen, w, a, action[:1], reward, next_seen, terminated)
             obs = next_obs
 
             # (7) Once, after the prior steps: the units in which networks see state and features

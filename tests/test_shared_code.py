@@ -59,6 +59,7 @@ DIFFERS = {
         "Decoder": "one of two VLAs",
         "Agent.__init__": "normalises what it sees; one Delta for all rows; the target is of Q^W",
         "Agent.steer": "no bound",
+        "Agent.act": "noise is no action here",
         "Agent.update_action_critic": "TD by Q^W, no decoder",
         "Agent.update_latent_critic": "stored pairs in place of the decoder",
         "Agent.update_perturbation": "noise is no action here; no ablations",
