@@ -233,5 +233,9 @@ def test_every_script_explains_itself_and_refuses_in_one_sentence(script, tmp_pa
     code, out, err = call(tmp_path, script, "--help")
     assert code == 0 and not err and f"python {script} " in out and "--resume" in out
     refused(call(tmp_path, script, "--gamma", -1), "--gamma -1.0", "above 0")
-    refused(call(tmp_path, script, "--env-id", "Ant-v5"), "--env-id Ant-v5", "--backbone")
+    strange = call(tmp_path, script, "--env-id", "Ant-v5")
+    if "robomimic" in script:  # its tasks are a closed list, which tyro prints
+        assert strange[0] == 2 and "'PickPlaceCan'" in strange[2]
+    else:
+        refused(strange, "--env-id Ant-v5", "--backbone")
     refused(call(tmp_path, script, "--resume", "nowhere"), "--resume nowhere", "checkpoint.pt")
