@@ -13,7 +13,6 @@ diffusion policy a = Phi(w; s), cloned from mixed demonstrations; learned is a s
 Results, decoders, departures: docs/lpds_robomimic.md. To fork, copy this file and entropy.py.
 """
 
-import gc
 import json
 import logging
 import os
@@ -42,7 +41,7 @@ except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, with
 
 # What differs from Args; delta is table 2's, gamma DSRL's (arXiv 2506.15799)
 DEFAULTS = {
-    "Lift": dict(backbone="robomimic-lift-diffusion.pt", delta=0.10, total_timesteps=60_000),
+    "Lift": dict(backbone="robomimic-lift-diffusion.pt", delta=0.10, delta_norm="mean"),
     "PickPlaceCan": dict(backbone="robomimic-can-diffusion.pt"),
     "NutAssemblySquare": dict(backbone="robomimic-square-diffusion.pt", gamma=0.999),
 }
@@ -70,7 +69,7 @@ class Args:
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     delta: float = 0.35
     """budget of E||Delta||^2: small keeps the decoder's variety, large gives it up; try 0.1 to 1"""
-    delta_norm: Literal["sum", "mean"] = "mean"
+    delta_norm: Literal["sum", "mean"] = "sum"
     """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     lagrangian: bool = True
     """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
@@ -90,7 +89,7 @@ class Args:
     """action chunks per gradient step"""
     gamma: float = 0.99
     """discount per action chunk, none inside it (DSRL's convention); below 1"""
-    tau: float = 0.005
+    tau: float = 0.02
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
@@ -159,7 +158,6 @@ class Task(gym.Env):
         options["controller_configs"] = robosuite.load_controller_config(None, "OSC_POSE")
         options["hard_reset"] = task == "Lift"  # whose cube's size is drawn with the model
         self.robosuite = robosuite.make(task, robots="Panda", **options)
-        gc.freeze()  # halves a hard reset, which collects garbage among all that torch has made
         shape = (19 if task == "Lift" else 23,)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (7,))  # change of the hand's pose; gripper
@@ -537,6 +535,8 @@ if __name__ == "__main__":
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
+                for q in [*agent.q_a, *agent.q_a_target, *agent.q_w]:
+                    nn.init.constant_(q[-1].bias, -15.0)  # differs from DSRL: it starts at failure
 
             # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:

@@ -18,7 +18,6 @@ Results and departures: docs/baselines.md. It takes entropy.py and backbones/ fr
 Algorithm 1, in the comments, is that of LP-DS.
 """
 
-import gc
 import json
 import logging
 import math
@@ -49,7 +48,7 @@ except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, with
 
 # What differs from Args; gamma is DSRL's
 DEFAULTS = {
-    "Lift": dict(backbone="robomimic-lift-diffusion.pt", total_timesteps=60_000),
+    "Lift": dict(backbone="robomimic-lift-diffusion.pt"),
     "PickPlaceCan": dict(backbone="robomimic-can-diffusion.pt"),
     "NutAssemblySquare": dict(backbone="robomimic-square-diffusion.pt", gamma=0.999),
 }
@@ -89,7 +88,7 @@ class Args:
     """action chunks per gradient step"""
     gamma: float = 0.99
     """discount per action chunk, none inside it (DSRL's convention); below 1"""
-    tau: float = 0.005
+    tau: float = 0.02
     """Polyak step of the target critic, once per gradient step"""
     num_envs: int = 4
     """environments stepped together"""
@@ -158,7 +157,6 @@ class Task(gym.Env):
         options["controller_configs"] = robosuite.load_controller_config(None, "OSC_POSE")
         options["hard_reset"] = task == "Lift"  # whose cube's size is drawn with the model
         self.robosuite = robosuite.make(task, robots="Panda", **options)
-        gc.freeze()  # halves a hard reset, which collects garbage among all that torch has made
         shape = (19 if task == "Lift" else 23,)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (7,))  # change of the hand's pose; gripper
@@ -545,6 +543,8 @@ if __name__ == "__main__":
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
+                for q in [*agent.q_a, *agent.q_a_target, *agent.q_w]:
+                    nn.init.constant_(q[-1].bias, -15.0)  # differs from DSRL: it starts at failure
 
             # (8) Train in DSRL's order: utd x [Q^A, policy, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
