@@ -72,7 +72,7 @@ class Args:
     delta_norm: Literal["sum", "mean"] = "mean"
     """||Delta||^2: sum over the d coordinates of the noise (equation 7), or mean: d times looser"""
     lagrangian: bool = True
-    """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits Delta"""
+    """--no-lagrangian fixes alpha at 0 (ablation): only --noise-bound then limits w"""
     dual: Literal["log", "linear"] = "log"
     """log: relative steps of alpha, for any scale of rewards; linear: equation 10 as printed"""
     alpha_init: float = 1.0

@@ -3,7 +3,7 @@
 # ///
 """DSRL (diffusion steering via reinforcement learning) on robosuite's Lift, Can and Square.
 
-A fork of lpds_robomimic.py: decoder, critics, their updates and run folder are LP-DS's. Learned is
+A fork of lpds_robomimic.py: decoder, critics, Q^W's update and run folder are LP-DS's. Learned is
 another distribution of the input noise, a squashed Gaussian in a box, kept wide by an entropy
 bonus; nothing ties it to the prior N(0, I) that the decoder was trained on:
 
@@ -44,7 +44,7 @@ logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an op
 try:
     import robosuite
 except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, without OpenGL
-    sys.exit(f"error: {error}: pip install -r requirements/robomimic.txt; apt-get install libegl1")
+    sys.exit(f"{error}: pip install -r requirements/robomimic.txt; apt-get install libegl1 libgl1")
 
 # What differs from Args; gamma is DSRL's
 DEFAULTS = {
@@ -103,7 +103,7 @@ class Args:
     warmup_steps: int = 8_000
     """further steps in which only the critics learn, so that no policy climbs untrained ones"""
     reward_scale: float | Literal["auto"] = "auto"
-    """factor on rewards inside the critics; auto: Q is 15 at the prior's mean |reward|, step (7)"""
+    """factor on rewards inside the critics; auto: Q is -15 at the prior's mean reward, step (7)"""
     eval_every: int = 20_000
     """steps between evaluations, each with a checkpoint and a fresh start of the environments"""
     eval_episodes: int = 20
@@ -146,7 +146,7 @@ def parse_args() -> Args:
 
 
 class Task(gym.Env):
-    """A task of robosuite: robomimic's low-dimensional observations, a sparse reward."""
+    """A task of robosuite: robomimic's low-dimensional observations, -1 a step until success."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # the rate of control
     keys = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object-state")
@@ -155,7 +155,7 @@ class Task(gym.Env):
         self.render_mode = render_mode
         options = {"use_camera_obs": False, "has_offscreen_renderer": render_mode is not None}
         options["controller_configs"] = robosuite.load_controller_config(None, "OSC_POSE")
-        options["hard_reset"] = task == "Lift"  # whose cube's size is drawn with the model
+        options["hard_reset"] = task == "Lift"  # builds it anew: its cube's size is drawn
         self.robosuite = robosuite.make(task, robots="Panda", **options)
         shape = (19 if task == "Lift" else 23,)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
@@ -174,7 +174,7 @@ class Task(gym.Env):
         obs, reward, _, _ = self.robosuite.step(action)
         obs = np.concatenate([obs[key] for key in self.keys])
         # differs from DSRL: success (robosuite's reward is 1, else 0) ends the episode
-        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for pretraining
+        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for a decoder's card
 
     def render(self):
         return self.robosuite.sim.render(width=400, height=400, camera_name="agentview")[::-1]
@@ -232,9 +232,9 @@ class Decoder(nn.Module):  # DPPO's residual MLP, sampled by DDIM with eta 0
         self.levels = file["levels"]  # of noise, one row per sampling step
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
-        sizes = [self.obs_dim, *file["cond_hidden"]]  # an MLP of obs in some files of DPPO
+        sizes = [self.obs_dim, *file["cond_hidden"]]  # DPPO puts obs of Square through an MLP
         cond = [x for m, n in zip(sizes, sizes[1:]) for x in (nn.Linear(m, n), activation())]
-        self.cond = nn.Sequential(*cond[:-1])  # empty, it passes obs on
+        self.cond = nn.Sequential(*cond[:-1])  # without layers it is the identity
         self.first = nn.Linear(self.dim + time_dim + sizes[-1], width)
         self.blocks = nn.ModuleList()
         for _ in range(file["num_blocks"]):
@@ -247,7 +247,7 @@ class Decoder(nn.Module):  # DPPO's residual MLP, sampled by DDIM with eta 0
 
     def forward(self, obs, noise):
         x = noise
-        obs = self.cond(obs)  # or as it is
+        obs = self.cond(obs)
         for time_emb, (a, b, a_next, b_next) in zip(self.time_emb, self.levels):
             h = self.first(torch.cat([x, time_emb.expand(len(x), -1), obs], -1))
             for block in self.blocks:
@@ -544,7 +544,7 @@ if __name__ == "__main__":
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
                 for q in [*agent.q_a, *agent.q_a_target, *agent.q_w]:
-                    nn.init.constant_(q[-1].bias, -15.0)  # differs from DSRL: it starts at failure
+                    nn.init.constant_(q[-1].bias, -15.0)  # differs from DSRL: Q starts at failure
 
             # (8) Train in DSRL's order: utd x [Q^A, policy, alpha], then distill_steps x Q^W
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
