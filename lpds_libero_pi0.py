@@ -42,7 +42,7 @@ import tyro
 AT_ONCE = 1  # episodes that enjoy.py plays side by side: more would share the one scene
 CAMERAS = "agentview", "robot0_eye_in_hand"
 WEIGHTS = re.compile(r"action_in_proj|language_model.layers.0.self_attn|patch_embedding")  # checked
-FOLDER = tempfile.TemporaryDirectory()  # for LIBERO's configuration, until the program ends
+FOLDER = tempfile.TemporaryDirectory()  # for LIBERO's configuration
 TINY = Path(__file__).parent / "backbones" / "libero57-tiny-pi0.pt"
 INSTALL = "pip install -r requirements/libero.txt; pip install --no-deps -r requirements/scene.txt"
 
@@ -66,7 +66,7 @@ class Args:
     resume: str = ""
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
     delta: float = 0.01
-    """budget of E||Delta||^2: d is large here, so a small one is a far shift; try 0.003 to 0.05"""
+    """budget of E||Delta||^2 / d; its KL is d delta / 2 nats: 2.6, at full size (d = 1,600) 8"""
     hidden_size: int = 128
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -88,7 +88,7 @@ class Args:
     eval_every: int = 5_000
     """steps between evaluations, each with a row, a checkpoint and a fresh start of the scene"""
     eval_episodes: int = 10
-    """episodes of an evaluation, the same ones every time, at held-out initial states"""
+    """episodes of an evaluation, the same every time, at initial states steering never trains on"""
 
     @property
     def env_id(self) -> str:
@@ -228,7 +228,7 @@ def make_env(env_id: str, file: dict, **kwargs):
 
 
 class Pi0:
-    """Phi, frozen. A VLA of your own: a subclass with `prefix`, `decode` and the sizes below.
+    """Phi, frozen. A VLA of your own: a subclass with these two methods, obs_dim and cache_dim.
 
     prefix: two pictures (image, image, 3), state (8,), words -> features (F,), cache (cache_dim,)
     decode: cache (B, cache_dim), noise (B, chunk, 32) -> moves (B, chunk, 7), clipped by __call__
@@ -246,8 +246,8 @@ class Pi0:
     def decode(self, cache, noise):  # Euler's method, from time 1 (noise) to 0
         cache, x = cache.to(self.device), noise.to(self.device)
         for i in range(self.steps):
-            time = torch.full((len(x),), 1 - i / self.steps, device=self.device)
-            x = x - self.velocity(cache, x, time) / self.steps
+            t = torch.full((len(x),), 1 - i / self.steps, device=self.device)
+            x = x - self.velocity(cache, x, t) / self.steps
         return self.denormalize(x[..., :7])
 
 
@@ -265,7 +265,7 @@ class TinyPi0(Pi0):  # in miniature, on the CPU; exported programs are code: tru
         return [x[0].numpy() for x in self.trunk(*batch)]
 
 
-@cache  # loaded once, for the environment and the agent
+@cache  # loaded once: enjoy.py asks for it twice, for its environment and the agent
 class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, lerobot[pi], a GPU
     def __init__(self, path: str, **use):
         from lerobot.policies.factory import make_pre_post_processors
@@ -290,10 +290,10 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         # Where it fails to load weights it goes on with random ones
         loaded = {name.removeprefix("model."): x for name, x in self.policy.state_dict().items()}
         with safe_open(cached_file(path, "model.safetensors"), "pt") as file:
-            for name in filter(WEIGHTS.search, file.keys()):
-                here, stored = loaded[name.removeprefix("model.")], file.get_tensor(name)
-                same = torch.equal(stored.to(here), here)
-                require(same, f"--policy {path}: {name} was not loaded, the policy is random")
+            names = list(filter(WEIGHTS.search, file.keys()))
+            stored = {name.removeprefix("model."): file.get_tensor(name) for name in names}
+        wrong = [n for n, x in stored.items() if not torch.equal(x.to(loaded[n]), loaded[n])]
+        require(stored and not wrong, f"--policy {path}: not loaded, so random: {wrong or 'all'}")
 
         black = np.zeros((self.image, self.image, 3), np.uint8)
         features, cache = self.prefix(black, black, np.zeros(8, np.float32), "")
@@ -322,12 +322,12 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         cache = torch.cat([part[0].flatten().float() for part in parts])
         return features.float().cpu().numpy(), cache.cpu().numpy()
 
-    def velocity(self, cache, x, time):
+    def velocity(self, cache, x, t):
         parts = cache.split([like.numel() for like in self.likes], 1)
         parts = (x.unflatten(1, y.shape).to(y.dtype) for x, y in zip(parts, self.likes))
         *layers, present, state = parts
         past = self.past(tuple(zip(layers[::2], layers[1::2], [None] * len(layers))))
-        return self.policy.model.denoise_step(state, present, past, x, time)
+        return self.policy.model.denoise_step(state, present, past, x, t)
 
 
 def Decoder(file: dict) -> Pi0:
@@ -370,13 +370,13 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))  # of the prior phase
         self.register_buffer("std", torch.ones(obs_dim))
         self.shift = mlp(obs_dim, 32, width)  # Delta_theta, one row
-        for zero in self.shift[-1].parameters():
-            nn.init.zeros_(zero)  # the first policy is the frozen one
+        for parameter in self.shift[-1].parameters():
+            nn.init.zeros_(parameter)  # the first policy is the frozen one
         self.q_a = TwinCritic(mlp(obs_dim + decoder.action_dim, 1, width) for _ in range(2))
         self.q_w = TwinCritic(mlp(obs_dim + 32, 1, width) for _ in range(2))  # see mean_row
         self.q_w_target = TwinCritic(mlp(obs_dim + 32, 1, width) for _ in range(2))
         for q in [*self.q_a, *self.q_w]:  # from 0, what was never tried would look like success
-            nn.init.constant_(q[-1].bias, -1 / (1 - args.gamma))  # as if it never came
+            nn.init.constant_(q[-1].bias, -1 / (1 - args.gamma))  # -1 a query for ever
         self.q_w_target.load_state_dict(self.q_w.state_dict())
         self.register_buffer("alpha", torch.tensor(1.0))
         self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)

@@ -5,6 +5,7 @@ python -m pytest tests/test_lpds_libero_pi0.py -k lerobots_class
 """
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -521,7 +522,16 @@ def test_weights_that_were_not_loaded_are_refused(name, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as error:
         load_folder(tmp_path / "policy")
     said = capsys.readouterr().err
-    assert error.value.code == 2 and f"{name} was not loaded" in said
+    assert error.value.code == 2 and f"random: ['{name.removeprefix('model.')}']" in said
+
+
+def test_a_file_of_which_nothing_can_be_compared_is_refused(tmp_path, monkeypatch, capsys):
+    weights = write_folder(tmp_path / "policy", GOOD)
+    stand_in(weights, monkeypatch)
+    monkeypatch.setattr(libero, "WEIGHTS", re.compile("of another architecture"))
+    with pytest.raises(SystemExit):
+        load_folder(tmp_path / "policy")
+    assert "random: all" in capsys.readouterr().err
 
 
 def test_weights_in_another_precision_and_without_the_prefix_are_known(tmp_path, monkeypatch):
