@@ -122,7 +122,7 @@ def judge(runs: list) -> None:
 
 def frozen_name(r: dict) -> str:  # its decoder, and how that is sampled if not as its file says
     ddpm = Path(r["run"].script).name.startswith("dppo_")
-    return f"frozen {Path(r['args']['backbone']).stem}" + ", DDPM" * ddpm
+    return f"frozen {Path(r['args'].get('backbone') or r['args']['policy']).stem}" + ", DDPM" * ddpm
 
 
 def load(name: str, results: Path) -> tuple:

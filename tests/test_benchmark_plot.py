@@ -262,6 +262,13 @@ def test_included_runs_stand_in_front_on_the_environments_of_the_spec(bench):
     assert [row[:2] for row in runs[1:]] == [["Hopper-v4", "LP-DS"], ["Hopper-v4", "flow"]]
 
 
+def test_a_vla_is_named_by_its_policy(bench, no_figures):
+    bench.spec("vla", arms=["LP-DS"], seeds=[1])
+    bench.run("vla", "LP-DS", 1, 100, args={"backbone": None, "policy": "tiny"})
+    bench.plot("vla")
+    assert [row[1] for row in bench.tables("vla")[0][1:]] == ["frozen", "LP-DS"]
+
+
 def test_a_decoder_that_another_method_samples_is_another_frozen_policy(bench, no_figures):
     bench.spec("main", arms=["LP-DS"], seeds=[1])
     bench.spec("ddim", arms=["IDQL"], seeds=[1], script=DPPO.replace("dppo", "idql"))
