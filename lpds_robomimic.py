@@ -36,8 +36,8 @@ from entropy import knn_entropy
 logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an optional file
 try:
     import robosuite
-except (ImportError, AttributeError) as error:  # the second is PyOpenGL's, without OpenGL
-    sys.exit(f"{error}: pip install -r requirements/robomimic.txt; apt-get install libegl1 libgl1")
+except (ImportError, AttributeError) as e:  # the second is PyOpenGL's, without OpenGL
+    sys.exit(f"error: {e}: pip install -r requirements/robomimic.txt; apt install libegl1 libgl1")
 
 # What differs from Args; delta is table 2's (Lift: as a mean), gamma DSRL's (arXiv 2506.15799)
 DEFAULTS = {

@@ -337,7 +337,7 @@ def start(code, *path):
     return subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True)
 
 
-REMEDY = ": pip install -r requirements/robomimic.txt; apt-get install libegl1 libgl1\n"
+REMEDY = ": pip install -r requirements/robomimic.txt; apt install libegl1 libgl1\n"
 
 
 @pytest.mark.parametrize("code", ["import robosuit", "None.eglQueryString"])  # no OpenGL: as that
