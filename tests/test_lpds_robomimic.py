@@ -277,7 +277,7 @@ def short_episodes(steps=15):
     gym.make = partial(gym.make, max_episode_steps=steps)
 
 
-def critics_expect_failure(run):  # a few steps of 3e-4 ago each started at it
+def critics_expect_failure(run):  # they started there, a few steps of 3e-4 ago
     last = [w for name, w in checkpoint(run)["agent"].items() if re.fullmatch("q_.*9.bias", name)]
     assert len(last) == 6 and torch.cat(last).sub(-15).abs().max() < 0.05
 

@@ -3,6 +3,7 @@ method or the head of a class, is the same text everywhere, comments included, b
 listed here with its reason."""
 
 import ast
+import re
 from functools import cache
 
 import pytest
@@ -161,6 +162,13 @@ def test_copies_are_the_same_text_but_for_what_is_listed(script):
     found, listed = differing(read(script), FORKS[script]), DIFFERS[script].keys()
     assert not found - listed, "has drifted: copy it again, or list why it differs"
     assert not listed - found, "differs no more: take it off the list"
+
+
+def test_rewards_are_scaled_alike_in_every_main_program():
+    lines = r' +if args\.reward_scale == "auto" and .*\n.*\n.*\n.*\n'
+    texts = [(ROOT / script).read_text() for script in [MODEL, *FORKS]]
+    found = [re.search(lines, text)[0] for text in texts if "reward_scale.fill_" in text]
+    assert len(found) == 11 and set(found) == {found[0]} and "fill_" in found[0]
 
 
 def test_every_script_is_compared():
