@@ -277,8 +277,8 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         self.pi0, self.past = modeling_pi0, DynamicCache
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = modeling_pi0.PI0Policy.from_pretrained(path).to(self.device).eval()
-        config = self.policy.config
-        super().__init__(use | {"chunk": config.chunk_size})
+        config, n = self.policy.config, self.policy.config.chunk_size
+        super().__init__(use | {"chunk": n, "execute": min(n, use["execute"])})
         self.steps = config.num_inference_steps
         place = {"preprocessor_overrides": {"device_processor": {"device": self.device}}}
         self.normalize, self.denormalize = make_pre_post_processors(config, path, **place)

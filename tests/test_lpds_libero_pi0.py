@@ -1,6 +1,6 @@
 """lpds_libero_pi0.py: the exported pi0, queries, updates against formulas, the real scene, and what
 is refused of lerobot's policies. Tests of the scene are skipped where LIBERO is not installed, the
-last two where lerobot is not: Python 3.12, pip install "lerobot[pi]==0.6.1" pytest tyro,
+last four where lerobot is not: Python 3.12, pip install "lerobot[pi]==0.6.1" pytest tyro,
 python -m pytest tests/test_lpds_libero_pi0.py -k lerobots_class
 """
 
@@ -608,3 +608,68 @@ def test_lerobots_class_behind_the_same_interface_does_the_same(exported, tmp_pa
     full.policy.model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
     moves = decoded(full, noise)[1]  # keys in bfloat16, the state in float32, as published
     torch.testing.assert_close(moves, expected, atol=0.05, rtol=0)
+
+
+def in_miniature() -> None:
+    load("backbones/libero57_tiny_pi0.py").miniature().start()
+
+
+@pytest.fixture
+def saved(exported, tmp_path, monkeypatch):
+    """(lerobot's policy, its processors), saved as lerobot does; only the tokenizer is our own."""
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.pi0 import processor_pi0
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = "<pad> <unk> pick up the cream cheese and put it in tray".split()
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path / "words")
+    step = processor_pi0.TokenizerProcessorStep
+    ours = {"tokenizer_name": str(tmp_path / "words")}  # google/paligemma-3b-pt-224 is gated
+    monkeypatch.setattr(processor_pi0, "TokenizerProcessorStep", lambda **kw: step(**kw | ours))
+
+    policy = exported[1]
+    stats = {"observation.state": {"mean": torch.full((8,), 0.1), "std": torch.full((8,), 0.5)}}
+    stats["action"] = {"mean": torch.full((7,), 0.2), "std": torch.full((7,), 0.3)}
+    processors = make_pre_post_processors(policy.config, dataset_stats=stats)
+    for part in (policy, *processors):
+        part.save_pretrained(tmp_path / "policy")
+    return policy, *processors
+
+
+def test_a_folder_saved_by_lerobots_class_is_played_as_lerobot_plays_it(exported, saved, tmp_path):
+    policy, before, after = saved
+    with exported[0].miniature():
+        full = libero.LerobotPi0.__wrapped__(str(tmp_path / "policy"), image=256, execute=20)
+    assert full.execute == 16  # the whole chunk, where 20 moves are not in it
+    rng, noise = np.random.default_rng(0), torch.randn(1, 16, 32)
+    pictures = rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    state = rng.normal(0, 0.3, 8).astype(np.float32)
+    found = {}
+    for words in ("put the cream cheese", "pick up the tray"):
+        images = [torch.as_tensor(x).permute(2, 0, 1) / 255 for x in pictures]
+        batch = dict(zip(exported[0].CAMERAS, images))
+        batch |= {"observation.state": torch.as_tensor(state), "task": words}
+        expected = after(policy.predict_action_chunk(before(batch), noise=noise))
+        _, cache = full.prefix(*pictures, state, words)
+        found[words] = full.decode(torch.as_tensor(cache)[None], noise)
+        torch.testing.assert_close(found[words], expected, rtol=0, atol=1e-5)
+    one, other = found.values()
+    assert (one - other).abs().max() > 1e-3
+
+
+@scene
+@pytest.mark.slow
+def test_a_folder_saved_by_lerobots_class_is_steered_in_the_scene(saved, tmp_path):
+    flags = "--policy policy --prior-steps 100 --warmup-steps 50 --eval-every 200 --device cpu"
+    flags = f"{flags} --total-timesteps 200 --eval-episodes 1 --hidden-size 16".split()
+    run = finish(tmp_path, SCRIPT, *flags, before=in_miniature)
+    more = "--resume", run, "--total-timesteps", 250
+    code, _, err = call(tmp_path, SCRIPT, *more, before=in_miniature)
+    assert code == 0, err
+    assert 0 < float(metrics(run)[-1]["trust_region/sq_norm"]) < 1
+    assert float(metrics(run)[-1]["global_step"]) >= 250
