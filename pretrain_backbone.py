@@ -277,8 +277,8 @@ class Backbone(nn.Module):
 
     def sample_by(self, solver: str, steps: int) -> dict:
         """Fixes the steps of decoding. Returns the constants of the file: no schedule is left."""
-        few = self.kind == "flow" or steps <= self.train_steps
-        require(few, f"--sample-steps {steps}: must be at most {self.train_steps} for a diffusion")
+        most = self.train_steps if self.kind == "diffusion" else np.inf
+        require(0 < steps <= most, f"--sample-steps {steps}: must be above 0 and at most {most}")
         self.solver = solver if self.kind == "flow" else "ddim"
         self.steps, self.levels = steps, []
         if self.solver == "ddim":

@@ -250,4 +250,5 @@ def test_as_a_program_it_refuses_its_own_output(convert, tmp_path):
 
 
 def test_more_steps_than_there_are(convert):
-    refused(convert({"ema": dppo_state(**SMALL)}, flags="--sample-steps 21"), "--sample-steps 21")
+    for steps in ("--sample-steps 21", "--sample-steps 0"):
+        refused(convert({"ema": dppo_state(**SMALL)}, flags=steps), steps, "above 0", "20")
