@@ -1,0 +1,70 @@
+"""README and docs/baselines.md quote what benchmark/results holds now, rounded."""
+
+import pytest
+from conftest import ROOT
+
+QUOTED = {  # first cell of README's row -> results, environment, score, the LP-DS that is meant
+    "robosuite's Lift": ("robomimic/main", "Lift", "success", "LP-DS"),
+    "Avoiding": ("toy/avoiding", "Avoiding", "success", "LP-DS delta=0.3"),
+    "pi0 in LIBERO": ("libero/main", "libero_90-57", "success", "LP-DS"),
+    "Hopper-v4": ("continuous/main", "Hopper-v4", "return", "LP-DS"),
+    "Walker2d-v4": ("continuous/main", "Walker2d-v4", "return", "LP-DS"),
+    "HalfCheetah-v4": ("continuous/main", "HalfCheetah-v4", "return", "LP-DS"),
+}
+ENTROPY = "entropy, steered − frozen"
+
+
+def tables(page: str) -> list:
+    lines = (ROOT / page).read_text().splitlines()
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
+
+
+def results(spec: str) -> dict:
+    """(environment, policy) -> column -> what the first table says, an interval left out."""
+    header, _, *rows = tables(f"benchmark/results/{spec}.md")
+    rows = [
+        dict(zip(header, row)) for row in rows if row[2:3] and " of " in row[2] or row[2] == "–"
+    ]
+    return {(row["environment"], row["policy"]): row for row in rows}
+
+
+def row_of(page: str, name: str) -> list:
+    (row,) = [row for row in tables(page) if row[0].split(",")[0] == name]
+    return row
+
+
+def same(cell: str, found: dict, *columns) -> None:
+    """Numbers of a cell, "0.48 / 0.88", are those of these columns, to the digits they have."""
+    for quoted, column in zip(cell.removesuffix(" nats").split(" / "), columns, strict=True):
+        told = found[column].split()[0]  # an interval may follow
+        value = float(told)
+        if column == ENTROPY:  # quoted as what was given up
+            value, quoted = max(0.0, -value), quoted.replace("none", "0")
+        rounded = sum(0.5 * 10.0 ** -len(x.partition(".")[2]) for x in (quoted, told))
+        assert abs(float(quoted) - value) <= rounded + 1e-9, (quoted, column, found)
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_readme_quotes_the_results(name):
+    spec, env_id, score, steered = QUOTED[name]
+    found = results(spec)
+    _, *cells = row_of("README.md", name)
+    for cell, policy in zip(cells, ("frozen", steered, "DSRL")):
+        taus = [f"{score}, tau {tau}" for tau in (1, 0)]
+        if cell in ("not run", "-"):
+            assert (env_id, policy) not in found
+        else:
+            same(cell, found[env_id, policy], *taus[: 1 + cell.count(" / ")])
+    for cell, policy in zip(cells[3].split(" / ") if score == "return" else [], (steered, "DSRL")):
+        same(cell, found[env_id, policy], ENTROPY)
+
+
+@pytest.mark.parametrize("name", ["Hopper", "Walker2d", "HalfCheetah"])
+def test_the_page_of_baselines_quotes_the_results(name):
+    env_id = f"{name}-v4"
+    found = results("baselines") | results("continuous/main")
+    _, *cells = row_of("docs/baselines.md", name)
+    (ddpm,) = [policy for env, policy in found if env == env_id and policy.endswith("DDPM")]
+    for cell, policy in zip(cells, (ddpm, "DPPO", "DPPO", "frozen", "LP-DS", "LP-DS")):
+        columns = ["return, tau 1", "return, tau 0"] if " / " in cell else [ENTROPY]
+        same(cell, found[env_id, policy], *columns)
