@@ -20,12 +20,9 @@ def tables(page: str) -> list:
 
 
 def results(spec: str) -> dict:
-    """(environment, policy) -> column -> what the first table says, an interval left out."""
+    """(environment, policy) -> column -> what the first table says; others have other widths."""
     header, _, *rows = tables(f"benchmark/results/{spec}.md")
-    rows = [
-        dict(zip(header, row)) for row in rows if row[2:3] and " of " in row[2] or row[2] == "–"
-    ]
-    return {(row["environment"], row["policy"]): row for row in rows}
+    return {tuple(row[:2]): dict(zip(header, row)) for row in rows if len(row) == len(header)}
 
 
 def row_of(page: str, name: str) -> list:
