@@ -74,7 +74,7 @@ class Args:
     video_episodes: int = 1
     """how many of its first 20 episodes are filmed, at each temperature"""
     export: str = ""
-    """FILE.pt2 for the steered policy, its normalisation included, as one program"""
+    """FILE.pt2 for the steered policy, its normalisation included, as one program; not of pi0"""
 
 
 def require(condition, message: str) -> None:
@@ -213,8 +213,7 @@ def draw_curves(run: Path, run_args, target: str) -> None:
     for axis, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         for key in [key for key in keys if key in rows.dtype.names]:
             known = rows[np.isfinite(rows[key])]
-            style = "k--" if "frozen" in key else "-"
-            axis.plot(known["global_step"], known[key], style, label=key)
+            axis.plot(known["global_step"], known[key], "k--" if "frozen" in key else "", label=key)
         if "trust_region/sq_norm" in keys and hasattr(run_args, "delta"):
             axis.axhline(run_args.delta, linestyle="--", color="k", label="delta")
         axis.set(title=title, xlabel="environment steps")
@@ -355,6 +354,7 @@ if __name__ == "__main__":
     state, file = read(path), read(run / "backbone.pt")
     script = load_script(args, state["script"])
     run_args, agent = load_agent(args, script, state, file)
+    require(not args.export or "normalization" in file, "--export: not for pi0, which is programs")
     make = partial(script.make_env, run_args.env_id, file)
     about = {"env_id": run_args.env_id, "script": state["script"]}
     about["global_step"] = int(state["rows"][-1]["global_step"])

@@ -9,8 +9,7 @@ moves (`decode`), several noises for one prefix. Learned: a shift of that noise,
     w = eps + Delta_theta(s)     eps (chunk, 32) is i.i.d., Delta (32,) the same in every row
 
 lpds_continuous.py, to be read first, decodes in every gradient step: too dear with billions of
-weights. So each query decodes K noises of the prior besides the one that is executed; replay keeps
-these pairs of noise and action, and Q^W is learned from them.
+weights. So each query decodes K noises of the prior besides the executed one: Q^W learns from them.
 
     python lpds_libero_pi0.py --delta 0.01
 
@@ -144,11 +143,13 @@ def open_scene(env_id: str) -> tuple:  # scene, words, initial states, quat2axis
     from robosuite.utils.transform_utils import quat2axisangle
 
     libero.libero._assets_path_cache = str(paths["assets"])
-    from libero.libero.benchmark import get_benchmark
+    from libero.libero.benchmark import get_benchmark_dict
     from libero.libero.envs import OffScreenRenderEnv
 
     suite, task_id = env_id.rsplit("-", 1)
-    tasks = get_benchmark(suite)()
+    suites = get_benchmark_dict()
+    require(suite in suites, f"--suite {suite}: unknown; LIBERO has {', '.join(suites)}")
+    tasks = suites[suite]()
     task = tasks.get_task(int(task_id))
     file = paths["bddl_files"] / task.problem_folder / task.bddl_file
     scene = OffScreenRenderEnv(bddl_file_name=str(file), hard_reset=False, use_camera_obs=False)
@@ -218,7 +219,7 @@ class Query(gym.Wrapper):
             if terminated or truncated:
                 break
         reward = 0.0 if terminated else -1.0  # a query costs 1, but for the one that succeeds
-        return self.look(state), reward, terminated, truncated, info | {"success": terminated}
+        return self.look(state), reward, terminated, truncated, info
 
 
 def make_env(env_id: str, file: dict, **kwargs):
@@ -343,7 +344,7 @@ def read_policy(args: Args) -> dict:
         other = f"{path.name} knows {known}; for more give lerobot/pi0_libero_finetuned"
         require(known == args.env_id, f"--task-id {args.task_id}: --policy {other}")
         return file
-    require(find_spec("lerobot"), f"--policy {path}: no such file, and lerobot is not installed")
+    require(find_spec("lerobot"), f"--policy {path}: no tiny pi0; others: pip install lerobot[pi]")
     return dict(path=args.policy, env_id=args.env_id, image=256, execute=20, time_limit=400)
 
 
@@ -472,7 +473,7 @@ class Replay:  # every query of the run, on the learner's device
 def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
-    returns, lengths, success = np.full((3, envs.num_envs), np.nan)
+    returns, lengths = np.full((2, envs.num_envs), np.nan)
     seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
     obs, _ = envs.reset(seed=seeds.generate_state(envs.num_envs).tolist())
     while np.isnan(lengths).any():
@@ -481,8 +482,7 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
         obs, _, terminated, truncated, infos = envs.step(action)
         for i in np.flatnonzero((terminated | truncated) & np.isnan(lengths)):
             returns[i], lengths[i] = (infos["final_info"]["episode"][key][i] for key in ("r", "l"))
-            success[i] = infos["final_info"]["success"][i]
-    return {"return": returns.tolist(), "length": lengths.tolist(), "success": success.tolist()}
+    return {"return": returns.tolist(), "length": lengths.tolist(), "success": returns.tolist()}
 
 
 def save(path: Path, write) -> None:
@@ -598,7 +598,7 @@ if __name__ == "__main__":
             if before < args.prior_steps <= global_step:
                 known = replay.data["obs"][: replay.size]
                 agent.mean.copy_(known.mean(0))
-                agent.std.copy_(known.std(0) + 1e-6)
+                agent.std.copy_(known.std(0).nan_to_num(1) + 1e-6)  # of one query it is nan
 
             # (8) Train: utd x [Q^A, Q^W, Delta, alpha]
             if global_step >= args.prior_steps:

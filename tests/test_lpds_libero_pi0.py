@@ -239,7 +239,7 @@ def test_a_query_makes_eight_moves_looks_twice_and_costs_one():
     obs, reward, terminated, truncated, info = env.step(chunk)
     np.testing.assert_array_equal(task.moves, chunk.reshape(8, 7))
     assert (reward, terminated, truncated, env.steps, task.pictures) == (-1, False, False, 8, 4)
-    assert obs[:8].tolist() == [8] * 8 and not info["success"]
+    assert obs[:8].tolist() == [8] * 8
 
 
 def test_success_ends_the_chunk_and_is_free_and_the_limit_truncates():
@@ -248,13 +248,13 @@ def test_success_ends_the_chunk_and_is_free_and_the_limit_truncates():
     env.step(np.zeros(56))
     obs, reward, terminated, truncated, info = env.step(np.zeros(56))
     assert (reward, terminated, truncated, env.steps) == (0, True, False, 3)
-    assert info["success"] and info["episode"]["l"] == 11 and info["episode"]["r"] == 1
+    assert info["episode"]["l"] == 11 and info["episode"]["r"] == 1
     env = query(Counting(), limit=12)
     env.reset()
     env.step(np.zeros(56))
     obs, reward, terminated, truncated, info = env.step(np.zeros(56))
     assert (reward, terminated, truncated, env.steps) == (-1, False, True, 4)
-    assert not info["success"] and info["episode"]["r"] == 0
+    assert info["episode"]["r"] == 0
 
 
 # --- the real scene ---
@@ -384,6 +384,7 @@ def test_enjoy_plays_it_and_films_the_scene(tmp_path):
     flags = "--episodes 1 --temperature 1 --json n.json --video film.mp4".split()
     code, out, error = call(tmp_path, "enjoy.py", run, *flags)
     assert code == 0, error
+    refused(call(tmp_path, "enjoy.py", run, "--export", "policy.pt2"), "--export", "pi0")
     numbers = json.loads((tmp_path / "n.json").read_text())
     frozen, steered = numbers["frozen"]["1"], numbers["steered"]["1"]
     assert frozen["length"] == steered["length"] == [24] and steered["sq_norm"] > 0
@@ -393,6 +394,13 @@ def test_enjoy_plays_it_and_films_the_scene(tmp_path):
     assert np.abs(left - right).mean() < 3  # both start alike
     assert np.abs(frames[-1] - frames[0]).mean() > 1  # and something moves
     assert np.abs(np.diff(left, axis=1)).mean() < 15  # no noise, as of a renderer gone wrong
+
+
+@scene
+def test_an_unknown_suite_is_refused(tmp_path):
+    policy = short(tmp_path, env_id="libero-57")
+    result = call(tmp_path, SCRIPT, "--policy", policy, "--suite", "libero")
+    refused(result, "--suite libero:", "libero_90")
 
 
 @scene
@@ -435,7 +443,9 @@ def test_without_libero_it_says_what_to_install(tmp_path):
 def test_what_is_no_policy_is_refused(tmp_path):
     (tmp_path / "notes.pt").write_text("weights")
     if not find_spec("lerobot"):
-        refused(call(tmp_path, SCRIPT, "--policy", "notes.pt"), "--policy notes.pt", "no such file")
+        refused(call(tmp_path, SCRIPT, "--policy", "notes.pt"), "--policy notes.pt", "lerobot[pi]")
+    hopper = ROOT / "backbones" / "hopper-v4-medium-diffusion.pt"
+    refused(call(tmp_path, SCRIPT, "--policy", hopper), hopper.name, "no task of LIBERO")
 
 
 WEIGHTS = {

@@ -67,7 +67,7 @@ DIFFERS = {
         "Replay": "queries",
         "Replay.__init__": "with pairs of noise and action",
         "Replay.add": "other columns",
-        "evaluate": "noise is no action here; success is the task's",
+        "evaluate": "noise is no action here; a return is a success",
         "log": "has no tracker",
     },
     "pretrain_backbone.py": {"Args": FLAGS},
