@@ -5,8 +5,8 @@
 Waypoints (above the cream cheese, at it, above the tray, in it) are approached with what people
 have of speed, detours, pauses and tremor. Their errors at grasp and release are of two kinds: one
 changes smoothly with the initial pose, the other is drawn anew for every episode; their size is
-drawn too. The script knows where things are, its demonstrations show pictures instead. An hour on
-one core. Needs what lpds_libero_pi0.py needs; libero57_tiny_pi0.py clones the result.
+drawn too. The script knows where things are, its demonstrations show pictures instead. Needs
+what lpds_libero_pi0.py needs; libero57_tiny_pi0.py clones the result.
 """
 
 import sys
