@@ -191,7 +191,7 @@ def all_steps(file: dict) -> dict:
 
     time_dim = file["time_emb"].shape[1]
     layers = nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim)
-    network = nn.Sequential(nn.Identity(), *layers).requires_grad_(False)
+    network = nn.Sequential(nn.Identity(), *layers).requires_grad_(False)  # keys 1 and 3
     network.load_state_dict(file["training"]["time_network"])
     frequency = torch.exp(torch.arange(time_dim // 2) * (-math.log(1e4) / (time_dim // 2 - 1)))
     angle = torch.arange(steps - 1.0, -1, -1)[:, None] * frequency
@@ -289,7 +289,7 @@ class Agent(nn.Module):
         self.optimizer.step()
 
     @torch.no_grad()
-    def estimate(self, obs, reward, next_obs, terminated, ended, discounted) -> tuple:
+    def estimate(self, obs, reward, next_obs, terminated, done, discounted) -> tuple:
         """Columns (T, N, ...) of a roll-out -> advantages by GAE, targets of V; both (T, N)."""
         # Rewards in units of the deviation of `discounted` over the run so far, cut at 10 as there
         self.returns += torch.stack([discounted.double().pow(power).sum() for power in range(3)])
@@ -302,7 +302,7 @@ class Agent(nn.Module):
 
         # GAE: the errors after a chunk count, too, each later one less, up to the episode's end
         advantage, ahead = torch.zeros_like(error), torch.zeros_like(error[0])
-        decay = self.args.gamma * self.args.gae_lambda * (1 - ended)
+        decay = self.args.gamma * self.args.gae_lambda * (1 - done)
         for t in reversed(range(len(error))):
             ahead = error[t] + decay[t] * ahead
             advantage[t] = ahead

@@ -298,7 +298,7 @@ class Agent(nn.Module):
         # Up the critic: its slope at the action passes back through every denoising step
         obs = batch["obs"]
         action = self.actor(obs, torch.randn_like(batch["action"]))
-        # One twin, drawn by lot, judges; over the size of the other's values, eta has no unit
+        # One twin, drawn by lot, judges; divided by the other's mean size, so that eta has no unit
         judge, other = self.q_a(obs, action)[torch.randperm(2)]
         q_loss = -judge.mean() / other.abs().mean().detach()
 
@@ -485,7 +485,7 @@ if __name__ == "__main__":
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
 
-            # (8) Train: utd x Q^A, then actor_steps x actor, one of which costs three of Q^A
+            # (8) Train: utd x Q^A, then actor_steps x actor, each as dear as two of Q^A
             if global_step >= args.prior_steps and vector_step % args.train_freq == 0:
                 for _ in range(args.utd):
                     info |= agent.update_action_critic(replay.sample(args.batch_size))

@@ -445,7 +445,7 @@ if __name__ == "__main__":
         ended, info, vector_step = [], {}, 0
         until = min((global_step // args.eval_every + 1) * args.eval_every, args.total_timesteps)
         while global_step < until:
-            # (4) Act: eps ~ N(0, I) -> a = Phi(eps; s) + Delta(s), at first 0
+            # (4) Act: eps ~ N(0, I) -> a = clip(Phi(eps; s) + Delta(s)); Delta is 0 at first
             noise = torch.randn(args.num_envs, decoder.dim, device=args.device)
             action = agent.act(torch.as_tensor(obs, device=args.device), noise).cpu().numpy()
 
