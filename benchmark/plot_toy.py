@@ -64,10 +64,11 @@ def late(r: dict) -> dict:
 
 
 def table(spec: dict, runs: list) -> str:
-    """A row for the frozen policy and for each arm, in each cell the seeds one by one."""
+    """A row for each frozen policy and for each arm, in each cell the seeds one by one."""
     titles = list(columns(runs[0]))
-    first = {title: values[0] for title, values in columns(runs[0]).items()}
-    lines = [["policy", "seeds", *titles, "minutes"], ["frozen", "–", *first.values(), np.nan]]
+    lines = [["policy", "seeds", *titles, "minutes"]]
+    for name, of in plot.group(runs, "frozen").items():
+        lines.append([name, "–", *(values[0] for values in columns(of[0]).values()), np.nan])
     for arm, of in plot.group(runs, "arm").items():
         numbers = [late(r) | {"minutes": r["minutes"]} for r in of]
         cells = [[x[title] for x in numbers] for title in numbers[0]]
@@ -100,7 +101,7 @@ def draw_paths(path: Path, runs: list, results: Path) -> None:
                 continue
             frozen, steered = file["path"]
         mode = of[0]["evals"]["mode"]
-        panels["frozen"] = frozen, mode[0]
+        panels.setdefault("frozen", (frozen, mode[0]))  # the first; DPPO has another
         panels[arm] = steered, mode[-1]
     lpds_toy.draw(path, WORLDS[runs[0]["env_id"]], panels)
     plot.shrink(path)

@@ -203,6 +203,7 @@ SCRIPTS = {
     "baselines/dppo_continuous.py": "Hopper-v4",
     "baselines/dsrl_adroit_flow.py": "AdroitHandPen-v1",
     "baselines/dsrl_toy.py": "MultiGoal-v0",
+    "baselines/dppo_toy.py": "MultiGoal-v0",
     "baselines/lpds_action_continuous.py": "Hopper-v4",
     "baselines/dql_continuous.py": "Hopper-v4",
     "baselines/idql_continuous.py": "Hopper-v4",
@@ -213,7 +214,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_plays_every_script(script, tiny_backbone, tmp_path):
     env_id, name = SCRIPTS[script], SCRIPTS[script].split("-v")[0]
-    kind = "diffusion" if name == "Hopper" else "flow"
+    kind = "diffusion" if name == "Hopper" or "dppo" in script else "flow"
     flags = ["--env-id", env_id, "--backbone", tiny_backbone(name, kind), *tiny(script)]
     run = finish(tmp_path, script, *flags)
     numbers, _ = played(tmp_path, run, "--episodes", 2, "--curves", "c.png")

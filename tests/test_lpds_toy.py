@@ -277,7 +277,7 @@ def test_a_sweep_is_drawn_from_what_is_committed_of_it(tmp_path, monkeypatch):
 
 def test_the_specs_name_what_there_is():
     bench = load("benchmark/run.py")
-    for name, runs in (("toy/multigoal", 18), ("toy/avoiding", 12)):
+    for name, runs in (("toy/multigoal", 21), ("toy/avoiding", 12)):
         assert len(bench.load_spec(name, ROOT)) == runs
 
 

@@ -37,6 +37,7 @@ RUNS = [
     ("baselines/idql_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN[:2]),
     ("baselines/dsrl_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("baselines/dsrl_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
+    ("baselines/dppo_toy.py", "MultiGoal-v0", ("MultiGoal", "diffusion"), ROLLOUTS[2:]),
 ]
 
 

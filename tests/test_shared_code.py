@@ -27,6 +27,7 @@ FORKS = {
     "baselines/dsrl_adroit_flow.py": ["baselines/dsrl_continuous.py", "lpds_adroit_flow.py"],
     "baselines/dsrl_robomimic.py": ["baselines/dsrl_continuous.py", "lpds_robomimic.py"],
     "baselines/dsrl_toy.py": ["baselines/dsrl_continuous.py", "lpds_toy.py"],
+    "baselines/dppo_toy.py": ["baselines/dppo_continuous.py", "lpds_toy.py"],
 }
 
 # script -> name -> why it is another one there
@@ -116,6 +117,7 @@ DIFFERS = {
     "baselines/dsrl_adroit_flow.py": {"Args": FLAGS},
     "baselines/dsrl_robomimic.py": {"Args": FLAGS},
     "baselines/dsrl_toy.py": {"Args": FLAGS},
+    "baselines/dppo_toy.py": {"Args": FLAGS, "evaluate": "both noise for each step, and modes"},
 }
 
 
