@@ -1,5 +1,7 @@
 """README and docs/baselines.md quote what benchmark/results holds now, rounded."""
 
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -54,6 +56,18 @@ def test_readme_quotes_the_results(name):
             same(cell, found[env_id, policy], *taus[: 1 + cell.count(" / ")])
     for cell, policy in zip(cells[3].split(" / ") if score == "return" else [], (steered, "DSRL")):
         same(cell, found[env_id, policy], ENTROPY)
+
+
+def test_readme_quotes_the_other_methods_on_hopper():
+    found = results("baselines")
+    (methods,) = [row[1:] for row in tables("README.md") if row[1:2] == ["DPPO"]]
+    for name, column in (("nats", [ENTROPY]), ("return", ["return, tau 1", "return, tau 0"])):
+        for method, cell in zip(methods, row_of("README.md", name)[1:], strict=True):
+            same(cell, found["Hopper-v4", method], *column)
+    ((label, *minutes),) = [x for x in tables("README.md") if x[0].startswith("minutes")]
+    minutes.append(re.search(r"LP-DS: (\d+)", label)[1])
+    for method, cell in zip([*methods, "LP-DS"], minutes, strict=True):
+        same(cell, found["Hopper-v4", method], "minutes")
 
 
 def test_the_page_of_baselines_quotes_the_results():
