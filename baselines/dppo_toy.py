@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "mujoco<3.10", "tyro>=0.9", "matplotlib"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9", "matplotlib"]
 # ///
 """DPPO (diffusion policy policy optimization) between the four goals of lpds_toy.py.
 
@@ -77,8 +77,8 @@ class Args:
     """near 0: advantages rest on the critic; 1: on the rewards of the whole episode"""
     epochs: int = 5
     """how often an iteration of PPO goes through its roll-out"""
-    # differs from DPPO: sizes for a small world; clip and lr were chosen on another seed, since at
-    # dppo_continuous.py's 10,000 steps change next to nothing
+    # differs from DPPO: sizes for a small world. clip and lr were chosen on another seed, since
+    # dppo_continuous.py's change next to nothing in 10,000 steps
     num_envs: int = 10
     """environments stepped together"""
     rollout_steps: int = 1_000
@@ -528,7 +528,7 @@ if __name__ == "__main__":
             before = global_step
             global_step += sum(envs.get_attr("steps"))  # actions executed: fewer where one ended
 
-            # (6) Store all that PPO needs
+            # (6) Store all that PPO needs until it learns
             discounted = args.gamma * discounted + reward
             done = terminated | truncated
             columns = obs, reward, real_next_obs, terminated, done, discounted
@@ -552,5 +552,5 @@ if __name__ == "__main__":
                 rows.append({key: float(value) for key, value in row.items()})
                 log(run, rows)
 
-    panels = {"frozen": (paths[0], evals[0]["mode"]), "steered": (paths[1], evals[-1]["mode"])}
+    panels = {"frozen": (paths[0], evals[0]["mode"]), "tuned": (paths[1], evals[-1]["mode"])}
     draw(run / "paths.png", eval_envs.envs[0].unwrapped, panels)
