@@ -291,7 +291,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def estimate(self, obs, reward, next_obs, terminated, done, discounted) -> tuple:
         """Columns (T, N, ...) of a roll-out -> advantages by GAE, targets of V; both (T, N)."""
-        # Rewards in units of the deviation of `discounted` over the run so far, cut at 10 as there
+        # Rewards in units of the deviation of `discounted` so far in the run, cut at 10 as in DPPO
         self.returns += torch.stack([discounted.double().pow(power).sum() for power in range(3)])
         mean, square = self.returns[1:] / self.returns[0]
         reward = (reward / (square - mean.square() + 1e-8).sqrt().float()).clamp(-10, 10)

@@ -4,8 +4,8 @@
 """DPPO (diffusion policy policy optimization) between the four goals of lpds_toy.py.
 
 A fork of dppo_continuous.py; read that first. The world is lpds_toy.py's, the decoder a diffusion,
-cloned from the same data as its flow, since DDPM needs one. A copy of the decoder learns, by PPO on
-its denoising steps, and nothing holds it to the frozen policy's variety:
+cloned from the same data as its flow, since DDPM needs one. A copy of the decoder takes the last K'
+steps and learns, by PPO; no budget holds it to the frozen policy:
 
     x_k+1 ~ N(mu_theta(x_k, k, s), sigma_k^2 I)   r_k = [p_theta(x_k+1 | x_k, s) / p_old(...)]^(1/d)
     max_theta E[min(r_k A_k, clip(r_k, 1 - eps_k, 1 + eps_k) A_k)]    A_k = gamma_denoise^(19-k) A
@@ -55,6 +55,7 @@ class Args:
     """where run folders are made"""
     resume: str = ""
     """run folder to continue at its last checkpoint, with its settings; exact on the same CPU"""
+    # clip and lr were chosen on another seed: dppo_continuous.py's change little in 10,000 steps
     tuned_steps: int = 10
     """K', how many of the 20 denoising steps learn: the last ones; the others stay frozen"""
     noise_floor: float = 0.1
@@ -77,8 +78,7 @@ class Args:
     """near 0: advantages rest on the critic; 1: on the rewards of the whole episode"""
     epochs: int = 5
     """how often an iteration of PPO goes through its roll-out"""
-    # differs from DPPO: sizes for a small world. clip and lr were chosen on another seed, since
-    # dppo_continuous.py's change next to nothing in 10,000 steps
+    # differs from DPPO: sizes for a small world
     num_envs: int = 10
     """environments stepped together"""
     rollout_steps: int = 1_000
@@ -310,7 +310,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def estimate(self, obs, reward, next_obs, terminated, done, discounted) -> tuple:
         """Columns (T, N, ...) of a roll-out -> advantages by GAE, targets of V; both (T, N)."""
-        # Rewards in units of the deviation of `discounted` over the run so far, cut at 10 as there
+        # Rewards in units of the deviation of `discounted` so far in the run, cut at 10 as in DPPO
         self.returns += torch.stack([discounted.double().pow(power).sum() for power in range(3)])
         mean, square = self.returns[1:] / self.returns[0]
         reward = (reward / (square - mean.square() + 1e-8).sqrt().float()).clamp(-10, 10)

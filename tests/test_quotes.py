@@ -8,7 +8,7 @@ from conftest import ROOT
 QUOTED = {  # first cell of README's row -> results, environment, score, the LP-DS that is meant
     "robosuite's Lift": ("robomimic/main", "Lift", "success", "LP-DS"),
     "Avoiding": ("toy/avoiding", "Avoiding", "success", "LP-DS delta=0.3"),
-    "pi0 in LIBERO": ("libero/main", "libero_90-57", "success", "LP-DS"),
+    "miniature pi0": ("libero/main", "libero_90-57", "success", "LP-DS"),
     "Hopper-v4": ("continuous/main", "Hopper-v4", "return", "LP-DS"),
     "Walker2d-v4": ("continuous/main", "Walker2d-v4", "return", "LP-DS"),
     "HalfCheetah-v4": ("continuous/main", "HalfCheetah-v4", "return", "LP-DS"),
