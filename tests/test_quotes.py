@@ -60,6 +60,9 @@ def test_readme_quotes_the_results(name):
 
 def test_readme_quotes_the_other_methods_on_hopper():
     found = results("baselines")
+    start = found["Hopper-v4", frozen("Hopper")["frozen diffusion by DDPM"]]
+    quoted = re.search(r"DPPO starts at (\d+ / \d+)", (ROOT / "README.md").read_text())[1]
+    same(quoted, start, "return, tau 1", "return, tau 0")
     (methods,) = [row[1:] for row in tables("README.md") if row[1:2] == ["DPPO"]]
     for name, column in (("nats", [ENTROPY]), ("return", ["return, tau 1", "return, tau 0"])):
         for method, cell in zip(methods, row_of("README.md", name)[1:], strict=True):
@@ -75,7 +78,7 @@ def frozen(env: str) -> dict:
     name = f"frozen {env.lower()}-v4-medium-"
     diffusion = {
         "frozen diffusion": f"{name}diffusion",
-        "the same by DDPM": f"{name}diffusion, DDPM",
+        "frozen diffusion by DDPM": f"{name}diffusion, DDPM",
     }
     steered = "diffusion" if env == "Hopper" else "flow"
     return {"frozen (flow but on Hopper)": name + steered} | diffusion
