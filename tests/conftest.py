@@ -6,6 +6,7 @@ asked for.
 """
 
 import csv
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -141,6 +142,7 @@ forks.set_forkserver_preload(["conftest", "torch._dynamo", "gymnasium_robotics",
 def execute(script: Path, flags: list, folder: Path, before) -> None:
     """In the forked process: `python script *flags` in `folder`; before() runs ahead of it, and
     what that returns, after it."""
+    gc.freeze()  # the server's objects are looked through no more; robosuite asks at every reset
     os.chdir(folder)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
