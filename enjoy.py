@@ -109,8 +109,7 @@ def read(path: Path) -> dict:
 
 def load_script(args: Args, name: str):
     """Imports the script that made the run; what follows its `if __name__` does not run."""
-    here = Path(__file__).parent
-    name = Path(name).name  # no folder: the checkpoint is not trusted
+    here, name = Path(__file__).parent, Path(name).name  # no folder: the checkpoint is not trusted
     places = [Path(args.script)] if args.script else [here / name, here / "baselines" / name]
     path = next((place for place in places if place.is_file()), None)
     require(path, f"--script {places[0]}: no such file; give the script that made {args.run}")
@@ -210,7 +209,8 @@ def draw_curves(run: Path, run_args, target: str) -> None:
     require(path.is_file(), f"--curves: {run} has no evaluation yet; wait for the first one")
     rows = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
     figure = Figure((14, 3.5), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+    panels = [panel for panel in PANELS.items() if set(panel[1]) & set(rows.dtype.names)]
+    for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels):
         for key in [key for key in keys if key in rows.dtype.names]:
             known = rows[np.isfinite(rows[key])]
             axis.plot(known["global_step"], known[key], "k--" if "frozen" in key else "", label=key)

@@ -431,7 +431,7 @@ if __name__ == "__main__":
     while True:  # one round: save, evaluate, then act and train for eval_every steps
         # (1) Save all that the rest of the run depends on: --resume goes on from here
         finite = all(parameter.isfinite().all() for parameter in agent.parameters())
-        require(finite, f"--lr {args.lr}: weights not finite; {run} keeps the last that were")
+        require(finite, f"--lr {args.lr}, --actor-lr: not finite; {run} keeps the last that were")
         state = {"script": Path(__file__).name, "rows": rows, "evals": evals}
         state |= {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
         state["replay"] = {k: column[: replay.size].clone() for k, column in replay.data.items()}

@@ -228,7 +228,7 @@ def test_plays_every_script(script, tiny_backbone, tmp_path):
 # --- the curves ---
 
 
-def test_curves_show_every_column_and_the_level_of_the_frozen_policy(run, tmp_path, monkeypatch):
+def test_curves_show_every_column_and_the_frozen_level(run, copy, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn, savefig = [], Figure.savefig
@@ -245,6 +245,12 @@ def test_curves_show_every_column_and_the_level_of_the_frozen_policy(run, tmp_pa
         assert (lines[key].get_linestyle() == "--") == ("frozen" in key) and points
     assert {*lines["eval/frozen_return"].get_ydata()} == {evals["return"][0].mean()}
     assert {*lines["delta"].get_ydata()} == {0.5}  # Hopper's
+
+    path = copy / "metrics.csv"  # a method without a budget has no panel for it
+    path.write_text(path.read_text().replace("trust_region/sq_norm", "losses/other", 1))
+    enjoy.draw_curves(copy, load(run)[0].args, str(tmp_path / "c.png"))
+    titles = [axis.get_title() for axis in drawn[1].axes]
+    assert titles == list(enjoy.PANELS)[:3] and titles[-1] == "action entropy"
 
 
 # --- the exported program ---

@@ -60,8 +60,7 @@ def prepare(script: str, then=None) -> None:
     """In the process of a run, ahead of it: robosuite's episodes become short enough for a test."""
     if "robomimic" in script:
         gym.make = partial(gym.make, max_episode_steps=15)
-    if then:
-        then()
+    return then() if then else None
 
 
 def die_at_file(number: int, renamed: bool, name="") -> None:
@@ -80,13 +79,15 @@ def die_at_file(number: int, renamed: bool, name="") -> None:
     Path.replace = dying
 
 
-def signal_at(number: int, moment: int) -> None:
-    """Sends itself a signal at the n-th step, of its environments or down a gradient."""
-    calls = itertools.count(1)
+def signal_at(number=0, moment=0):
+    """Sends itself a signal at the n-th step, of its environments or down a gradient; a run that
+    comes to its end leaves the number of them."""
+    steps = []
 
     def counted(function):
         def wrapper(*args, **kwargs):
-            if next(calls) == moment:
+            steps.append(function)
+            if len(steps) == moment:
                 os.kill(os.getpid(), number)
             return function(*args, **kwargs)
 
@@ -94,6 +95,7 @@ def signal_at(number: int, moment: int) -> None:
 
     torch.Tensor.backward = counted(torch.Tensor.backward)
     gym.vector.SyncVectorEnv.step = counted(gym.vector.SyncVectorEnv.step)
+    return lambda: Path("steps").write_text(str(len(steps)))
 
 
 def way_back(error: str) -> list:
@@ -115,15 +117,15 @@ def test_killed_and_resumed_equals_undisturbed(
 
 def kill_and_resume(script, flags, tmp_path, moments):
     ready = partial(prepare, script)
-    whole = finish(tmp_path / "whole", script, *flags, before=ready)
-    folder = tmp_path / "parts"
+    whole = finish(tmp_path / "whole", script, *flags, before=partial(ready, signal_at))
+    steps, folder = int((tmp_path / "whole" / "steps").read_text()), tmp_path / "parts"
 
     die = partial(die_at_file, moments.randint(2, 3), renamed=False, name="checkpoint.pt")
     codes = [call(folder, script, *flags, before=partial(ready, die))[0]]
     again = ["--resume", only_run(folder).relative_to(folder)]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
     for number in moments.sample(signals, 1) if "robomimic" in script else signals:
-        die = partial(signal_at, number, moments.randint(1, 60))
+        die = partial(signal_at, number, moments.randint(1, steps // 8))
         code, _, error = call(folder, script, *again, before=partial(ready, die))
         codes.append(code)
         if number != signal.SIGKILL:
