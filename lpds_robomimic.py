@@ -1,14 +1,15 @@
 # /// script
 # dependencies = ["torch>=2.6", "gymnasium>=1.1", "robosuite<1.5", "mujoco<3.10", "tyro", "wandb"]
 # ///
-"""LP-DS on robosuite's Lift, PickPlaceCan and NutAssemblySquare, with a sparse reward.
+"""LP-DS on robosuite's Lift, PickPlaceCan and NutAssemblySquare: frozen diffusion, sparse reward.
 
-A fork of lpds_continuous.py, to be read first; new are tasks, evaluation and where critics start.
-A diffusion policy a = Phi(w; s), cloned from mixed demonstrations, is frozen; its noise is shifted:
+A fork of lpds_continuous.py, to be read first. New: Task, evaluate, an MLP of obs in Decoder, (7).
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
     python lpds_robomimic.py --env-id Lift
+    python lpds_robomimic.py --resume runs/RUN_FOLDER
+    python enjoy.py runs/RUN_FOLDER --temperature 1 0 --video lift.mp4
 
 Results, decoders, departures: docs/lpds_robomimic.md. To fork, copy this file and entropy.py.
 """
@@ -21,7 +22,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -156,7 +157,7 @@ class Task(gym.Env):
         self.render_mode = render_mode
         options = {"use_camera_obs": False, "has_offscreen_renderer": render_mode is not None}
         options["controller_configs"] = robosuite.load_controller_config(None, "OSC_POSE")
-        options["hard_reset"] = task == "Lift"  # builds it anew: its cube's size is drawn
+        options["hard_reset"] = task == "Lift"  # a new model each time: its cube's size is drawn
         self.robosuite = robosuite.make(task, robots="Panda", **options)
         shape = (19 if task == "Lift" else 23,)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
@@ -175,7 +176,7 @@ class Task(gym.Env):
         obs, reward, _, _ = self.robosuite.step(action)
         obs = np.concatenate([obs[key] for key in self.keys])
         # differs from DSRL: success (robosuite's reward is 1, else 0) ends the episode
-        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # for a decoder's card
+        return obs, reward - 1.0, reward > 0, False, {"success": reward > 0}  # read by pretraining
 
     def render(self):
         return self.robosuite.sim.render(width=400, height=400, camera_name="agentview")[::-1]
@@ -395,18 +396,17 @@ def evaluate(policy, envs, device, seed: int = 0) -> dict:
     """The first episode of each environment; its start and noise depend on `seed` alone."""
     episodes = []
     seeds = np.random.SeedSequence([seed, 0, 1])  # of 3 words, training's in step (3) of 2
-    for env, start in zip(envs.envs, seeds.generate_state(envs.num_envs).tolist()):
-        # One after the other: stepped together, all would play on until the last one is over
-        generator = torch.Generator().manual_seed(start)
-        obs, _ = env.reset(seed=start)
+    for env, episode_seed in zip(envs.envs, seeds.generate_state(envs.num_envs).tolist()):
+        # In turn, which one environment can do: together, all play on until the last one is over
+        generator = torch.Generator().manual_seed(episode_seed)
+        obs, _ = env.reset(seed=episode_seed)
         terminated = truncated = False
         while not (terminated or truncated):
             noise = torch.randn(1, *env.action_space.shape, generator=generator).to(device)
             action = policy(torch.as_tensor(obs[None], device=device), noise).cpu().numpy()
             obs, _, terminated, truncated, info = env.step(action[0])
-        episodes.append([info["episode"]["r"], info["episode"]["l"], terminated])
-    returns, lengths, success = np.array(episodes, float).T.tolist()  # only success terminates
-    return {"return": returns, "length": lengths, "success": success}
+        episodes.append([info["episode"]["r"], info["episode"]["l"], terminated])  # i.e. success
+    return dict(zip(("return", "length", "success"), np.array(episodes, float).T.tolist()))
 
 
 def save(path: Path, write) -> None:
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     make = partial(make_env, args.env_id, file)
     mode = gym.vector.AutoresetMode.SAME_STEP
     envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=mode)
-    eval_envs = gym.vector.SyncVectorEnv([make] * args.eval_episodes, autoreset_mode=mode)
+    eval_envs = gym.vector.SyncVectorEnv([cache(make)] * args.eval_episodes, autoreset_mode=mode)
     agent = Agent(args, decoder).to(args.device)
     replay = Replay(args.total_timesteps + args.num_envs, decoder.obs_dim, decoder.dim, args.device)
 
@@ -470,7 +470,7 @@ if __name__ == "__main__":
 
         wandb.init(name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
 
-    def stop(*_):  # sys.exit within numba, which robosuite calls, becomes an error of numba's
+    def stop(*_):  # robosuite calls numba, which would turn sys.exit into an error of its own
         print(f"stopped; go on with: python {sys.argv[0]} --resume '{run}'", file=sys.stderr)
         os._exit(1)
 
@@ -529,13 +529,13 @@ if __name__ == "__main__":
             replay.add(obs, action, reward, real_next_obs, terminated)
             obs = next_obs
 
-            # (7) Once, scale rewards: the mean |reward| of the prior steps, for ever, is Q = 15.
+            # (7) Once, scale rewards: the mean reward of the prior steps, for ever, is Q = -15.
             #     differs from DSRL: on raw rewards Q is in the hundreds, and Q^W lags behind
             if args.reward_scale == "auto" and before < args.prior_steps <= global_step:
                 mean = replay.data["reward"][: replay.size].abs().mean()
                 require(mean > 0, "--reward-scale auto: no reward in prior steps; give a number")
                 agent.reward_scale.fill_(15 * (1 - args.gamma) / mean)
-                for q in [*agent.q_a, *agent.q_a_target, *agent.q_w]:
+                for q in [*agent.q_a, *agent.q_a_target, *agent.q_w]:  # 0 would be success at once
                     nn.init.constant_(q[-1].bias, -15.0)  # differs from DSRL: Q starts at failure
 
             # (8) Train in DSRL's order: utd x [Q^A, Delta, alpha], then distill_steps x Q^W

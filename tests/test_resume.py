@@ -30,7 +30,7 @@ RUNS = [
     ("lpds_continuous.py", "Pendulum-v1", ("Pendulum", "flow"), OFTEN),
     ("lpds_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
-    ("lpds_robomimic.py", "Lift", ("Lift", "diffusion"), SHORT),
+    ("lpds_robomimic.py", "PickPlaceCan", ("PickPlaceCan", "diffusion"), SHORT),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("baselines/lpds_action_continuous.py", "Hopper-v4", ("Hopper", "flow"), OFTEN[:2]),
     ("baselines/dppo_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), ROLLOUTS),
