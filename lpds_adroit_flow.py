@@ -4,11 +4,11 @@
 """LP-DS on Adroit, a hand of 24 joints: pen, hammer, door, relocate; with a flow-matching decoder.
 
 Frozen: a policy a = Phi(w; s) that turns noise w into eight actions at once by following a learned
-velocity, dx/dt = v(x, t; s), from x(0) = w to x(1) = a. Learned: a shift of w's eps ~ N(0, I).
+velocity, dx/dt = v(x, t; s), from x(0) = w to x(1) = a. Learned: a shift Delta of eps ~ N(0, I).
 
     w = eps + Delta_theta(s)     max_theta E[Q^W(s, w)]   such that   E||Delta_theta(s)||^2 <= delta
 
-A fork of lpds_continuous.py; read that first. New are the tasks, their success and the decoder.
+A fork of lpds_continuous.py; read that first. New: tasks, success, decoder; w clipped at +-2.5.
 
     python lpds_adroit_flow.py --env-id AdroitHandPen-v1
     python lpds_adroit_flow.py --resume runs/RUN_FOLDER
@@ -41,11 +41,11 @@ except ImportError:
     sys.exit("error: gymnasium-robotics is missing: pip install -r requirements/adroit.txt")
 gym.register_envs(gymnasium_robotics)
 
-# What differs from Args; noise_bound, utd, delta: paper's tables 3, 1, 2, but delta is of the mean
+# What differs from Args; from the paper: noise_bound (table 3), utd (1), delta (2; there a sum)
 ADROIT = dict(noise_bound=2.5, num_envs=16, train_freq=1, utd=10, total_timesteps=160_000)
 ADROIT |= dict(prior_steps=16_000, warmup_steps=16_000, eval_every=16_000, eval_episodes=50)
 DEFAULTS = {}
-for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():  # table 2
+for task, delta in dict(Pen=0.35, Hammer=0.10, Door=0.35, Relocate=0.35).items():
     values = ADROIT | dict(backbone=f"adroit-{task.lower()}-flow.pt", delta=delta)
     DEFAULTS |= {f"AdroitHand{task}": values, f"AdroitHand{task}Sparse": values}
 
@@ -83,7 +83,7 @@ class Args:
     alpha_lr: float = 1e-2
     """learning rate of the dual update"""
     noise_bound: float = float("inf")
-    """clips each coordinate of w to +-bound, in the tasks above at 2.5; inf leaves it to delta"""
+    """clips each coordinate of w to +-bound (the paper's is 2.5); inf: only delta limits w"""
     hidden_size: int = 256
     """width of the three hidden layers of policy and critics"""
     lr: float = 3e-4
@@ -193,17 +193,14 @@ def make_env(env_id: str, file: dict, **kwargs):
     return env
 
 
-class Decoder(nn.Module):
-    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
-
-    An ODE, dx/dt = v(x, t; obs), in equal steps of Euler or Heun; v is DPPO's residual MLP.
-    """
+class Decoder(nn.Module):  # dx/dt = v(x, t; obs) in equal steps of Euler or Heun, v DPPO's MLP
+    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> actions (B, d) in [-1, 1]; frozen."""
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.solver, times = file["solver"], len(file["time_emb"])
-        self.steps = times - 1 if self.solver == "heun" else times  # Heun's include t = 1
+        self.solver = file["solver"]
+        self.steps = len(file["time_emb"]) - (self.solver == "heun")  # Heun also asks at t = 1
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -214,9 +211,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
+        self.register_buffer("time_emb", file["time_emb"])  # (times, time_dim): 0, 1/steps, ...
 
-    def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
+    def velocity(self, i: int, x, obs):  # at t = i / steps: x (B, d) -> dx/dt (B, d)
         h = self.first(torch.cat([x, self.time_emb[i].expand(len(x), -1), obs], -1))
         for block in self.blocks:
             h = h + block(h)
@@ -403,6 +400,8 @@ if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
+    hand = args.env_id.startswith("AdroitHand") and args.env_id in gym.registry
+    require(hand, f"--env-id {args.env_id}: no AdroitHand task of gymnasium-robotics 1.4 (-v1)")
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parent / "backbones" / args.backbone
     require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")

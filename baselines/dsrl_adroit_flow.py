@@ -188,17 +188,14 @@ def make_env(env_id: str, file: dict, **kwargs):
     return env
 
 
-class Decoder(nn.Module):
-    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> action chunk (B, d) in [-1, 1]; frozen.
-
-    An ODE, dx/dt = v(x, t; obs), in equal steps of Euler or Heun; v is DPPO's residual MLP.
-    """
+class Decoder(nn.Module):  # dx/dt = v(x, t; obs) in equal steps of Euler or Heun, v DPPO's MLP
+    """Phi: normalised obs (B, obs_dim), noise w (B, d) -> actions (B, d) in [-1, 1]; frozen."""
 
     def __init__(self, file: dict):
         super().__init__()
         self.obs_dim, self.dim = file["obs_dim"], file["chunk"] * file["action_dim"]
-        self.solver, times = file["solver"], len(file["time_emb"])
-        self.steps = times - 1 if self.solver == "heun" else times  # Heun's include t = 1
+        self.solver = file["solver"]
+        self.steps = len(file["time_emb"]) - (self.solver == "heun")  # Heun also asks at t = 1
         activation = {"relu": nn.ReLU, "mish": nn.Mish}[file["activation"]]
         width, time_dim = file["width"], file["time_emb"].shape[1]
         self.first = nn.Linear(self.dim + time_dim + self.obs_dim, width)
@@ -209,9 +206,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, self.dim)
         self.load_state_dict(file["model"])
         self.requires_grad_(False)
-        self.register_buffer("time_emb", file["time_emb"])  # (K, time_dim), K sampling steps
+        self.register_buffer("time_emb", file["time_emb"])  # (times, time_dim): 0, 1/steps, ...
 
-    def velocity(self, i: int, x, obs):  # at the i-th time: x (B, d) -> dx/dt (B, d)
+    def velocity(self, i: int, x, obs):  # at t = i / steps: x (B, d) -> dx/dt (B, d)
         h = self.first(torch.cat([x, self.time_emb[i].expand(len(x), -1), obs], -1))
         for block in self.blocks:
             h = h + block(h)
@@ -407,6 +404,8 @@ if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR  # no warnings about versions of environments
 
     # Decoder, environments, networks
+    hand = args.env_id.startswith("AdroitHand") and args.env_id in gym.registry
+    require(hand, f"--env-id {args.env_id}: no AdroitHand task of gymnasium-robotics 1.4 (-v1)")
     path = Path(args.resume, "backbone.pt") if args.resume else Path(args.backbone)
     path = path if path.is_file() else Path(__file__).parents[1] / "backbones" / args.backbone
     require(zipfile.is_zipfile(path), f"--backbone {path}: no decoder; see pretrain_backbone.py")

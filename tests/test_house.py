@@ -10,6 +10,7 @@ import types
 import typing
 
 import pytest
+import tyro
 from conftest import ROOT, load
 from packaging.requirements import Requirement
 
@@ -161,6 +162,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *SCRIPTS]
 COMMAND = re.compile(
     r"python ((?:baselines/)?(?:lpds|dsrl|dppo|idql|dql)_\w+\.py)((?:\\\n|[^\n`|#])*)"
 )
+OTHERS = re.compile(r"python ((?:pretrain_backbone|enjoy)\.py)((?:\\\n|[^\n`|#])*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -170,6 +172,8 @@ def test_commands_of_a_page_parse(page, monkeypatch):
         if "--resume" not in flags:
             monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
             assert load(script).parse_args()
+    for script, flags in OTHERS.findall(page.read_text()):
+        assert tyro.cli(load(script).Args, args=shlex.split(flags.replace("\\\n", " ")))
 
 
 def departures(paths):

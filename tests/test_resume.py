@@ -20,6 +20,7 @@ TINY = (
     "--warmup-steps 100 --eval-every 300 --total-timesteps 1200"
 ).split()
 OFTEN = "--log-every 100 --distill-steps 2".split()
+ALONE = [*OFTEN, "--num-envs", "1"]  # an episode of 200 steps ends between two evaluations
 SHORT = """--distill-steps 2 --log-every 10 --num-envs 1 --eval-episodes 1 --prior-steps 20
     --warmup-steps 10 --eval-every 30 --total-timesteps 120""".split()
 ROLLOUTS = "--log-every 300 --rollout-steps 150".split()
@@ -28,7 +29,7 @@ ROLLOUTS = "--log-every 300 --rollout-steps 150".split()
 RUNS = [
     ("lpds_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
     ("lpds_continuous.py", "Pendulum-v1", ("Pendulum", "flow"), OFTEN),
-    ("lpds_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), OFTEN),
+    ("lpds_adroit_flow.py", "AdroitHandPen-v1", ("AdroitHandPen", "flow"), ALONE),
     ("lpds_toy.py", "MultiGoal-v0", ("MultiGoal", "flow"), []),
     ("lpds_robomimic.py", "PickPlaceCan", ("PickPlaceCan", "diffusion"), SHORT),
     ("baselines/dsrl_continuous.py", "Hopper-v4", ("Hopper", "diffusion"), OFTEN),
