@@ -169,10 +169,11 @@ def scores(runs: list, who: str, tau: float, what: str):
     return np.array([x.mean() if len(x) else np.nan for x in played])
 
 
-def level(samples: list) -> tuple:
-    """Mean, low and high end of its 95 % interval over [(returns, values), ...] of episodes; runs
-    that steer one decoder played the same, and these count once."""
-    x = np.concatenate(list({returns.tobytes(): values for returns, values in samples}.values()))
+def level(played: list) -> tuple:
+    """Mean, low and high end of its 95 % interval over [episodes of a run, ...]. Runs that steer
+    one decoder played the same ones, on other CPUs not to the bit: each counts once, as a mean."""
+    same = [[x for x in played if len(x) == n] for n in {len(x) for x in played}]
+    x = np.concatenate([np.mean(of, 0) for of in same])
     if len(x) < 2:
         return np.nan, np.nan, np.nan
     half = 1.96 * x.std(ddof=1) / len(x) ** 0.5
@@ -235,8 +236,7 @@ def comparison(spec: dict, used: list, letters: dict) -> list:
         for name, of in group(here, "frozen").items():
             cells = []
             for what, tau, form in SHOWN:
-                both = [[episodes(r, "frozen", tau, key) for key in ("return", what)] for r in of]
-                mean, low, high = level(both)
+                mean, low, high = level([episodes(r, "frozen", tau, what) for r in of])
                 cells.append(number(mean, form, f" [{low:{form}}, {high:{form}}]"))
             rows.append([env, name, "–", *cells, "0", "–", "–", "–", "–"])
         for name, of in group(here, "arm").items():
@@ -329,7 +329,7 @@ def draw_curves(axis, here: list, kind: str, looks: dict) -> None:
     for of in group(here, "frozen").values():
         mean, low, high = 0, 0, 0  # of entropy, which is told as a difference
         if kind != "entropy":
-            mean, low, high = level([[r["evals"][key][0] for key in ("return", kind)] for r in of])
+            mean, low, high = level([r["evals"][kind][0] for r in of])
         axis.axhline(mean, **GREY, label="frozen")
         axis.axhspan(low, high, color="0.45", alpha=0.15, lw=0)
     for name, of in group(here, "arm").items():

@@ -132,6 +132,16 @@ def test_intervals_against_enumeration_and_scipy():
     np.testing.assert_allclose(plot.interval(plot.iqm, scores), known, atol=0.7)
 
 
+def test_episodes_that_several_runs_played_count_once():
+    here = np.array([1.0, 2.0, 4.0, 5.0])
+    there = here + [0.2, 0, 0, 0]  # the same starts and noises on another kind of CPU
+    mean = (here + there) / 2
+    half = 1.96 * scipy.stats.sem(mean)
+    assert plot.level([here, there]) == pytest.approx((mean.mean(), *(mean.mean() + [-half, half])))
+    more = np.array([3.0, 3.0])  # a run that played others
+    assert plot.level([here, more, here])[0] == pytest.approx(3)
+
+
 def test_probability_of_improvement_by_hand():
     def p(x, y):
         return float(plot.improvement(np.array(x, float), np.array(y, float)))

@@ -7,7 +7,9 @@ from conftest import ROOT
 
 QUOTED = {  # first cell of README's row -> results, environment, score, the LP-DS that is meant
     "robosuite's Lift": ("robomimic/main", "Lift", "success", "LP-DS"),
-    "Avoiding": ("toy/avoiding", "Avoiding", "success", "LP-DS delta=0.3"),
+    "Adroit's Pen": ("adroit/main", "AdroitHandPen-v1", "success", "LP-DS"),
+    "Adroit's Door": ("adroit/main", "AdroitHandDoor-v1", "success", "LP-DS"),
+    "Adroit's Hammer": ("adroit/main", "AdroitHandHammer-v1", "success", "LP-DS"),
     "miniature pi0": ("libero/main", "libero_90-57", "success", "LP-DS"),
     "Hopper-v4": ("continuous/main", "Hopper-v4", "return", "LP-DS"),
     "Walker2d-v4": ("continuous/main", "Walker2d-v4", "return", "LP-DS"),
