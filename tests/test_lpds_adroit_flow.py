@@ -73,14 +73,15 @@ def test_an_episode_is_25_chunks_and_ends_by_its_time_limit(task):
     env, plain = make(task), make(task).unwrapped
     env.reset(seed=4)
     plain.reset(seed=4)
-    rng, total = np.random.default_rng(0), 0.0
+    rng, total, succeeded = np.random.default_rng(0), 0.0, False
     for i in range(25):
         chunk = rng.uniform(-0.5, 0.5, env.action_space.shape).astype(np.float32)
         _, reward, terminated, truncated, info = env.step(chunk)
         steps = [plain.step(action) for action in chunk.reshape(8, -1)]
+        succeeded = succeeded or any(step[4]["success"] for step in steps)
         total += sum(step[1] for step in steps)
         assert reward == pytest.approx(sum(step[1] for step in steps)) and env.steps == 8
-        assert not terminated and truncated == (i == 24)
+        assert info["success"] == succeeded and not terminated and truncated == (i == 24)
     assert info["episode"]["l"] == 200 and info["episode"]["r"] == pytest.approx(total, abs=1e-3)
 
 
@@ -135,6 +136,7 @@ def test_an_ablation_runs_on_a_sparse_task_with_a_heun_decoder(tmp_path):
     run = finish(tmp_path, SCRIPT, *flags.split(), *TINY, *longer)
     last = metrics(run)[-1]
     assert float(last["trust_region/alpha"]) == 0 and float(last["trust_region/sq_norm"]) > 0
+    assert checkpoint(run)["script"] == SCRIPT
     replay = checkpoint(run)["replay"]  # of two environments, whose 25th chunks end an episode
     apart = (replay["next_obs"][:-2] != replay["obs"][2:]).any(1).nonzero().flatten().tolist()
     assert apart == [48, 49] and not replay["terminated"].any()
